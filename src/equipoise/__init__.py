@@ -1,0 +1,1 @@
+"""equipoise: align one language model to several objectives and choose the trade-off afterwards."""
