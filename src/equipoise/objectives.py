@@ -1,0 +1,118 @@
+"""Objectives, points of the simplex and the ways to make one number of a reward vector.
+
+Weights are non-negative and sum to 1. Rewards are standardised on the reference's rollouts before they are weighted,
+so that equal weights mean equal influence, whatever units the scorers use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from equipoise.types import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normaliser:
+    """Standardises rewards: z = (r - mean) / sd, per objective, over the reference's scored rollouts."""
+
+    objectives: tuple[str, ...]
+    mean_K: tuple[float, ...]
+    sd_K: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, objectives: Sequence[str], reward_NK: np.ndarray) -> Normaliser:
+        """Mean and sd (ddof 1) of each column, NaN left out. Raises `UserError` for a constant or unscored objective."""
+        means, sds = [], []
+        for name, column in zip(objectives, np.asarray(reward_NK, dtype=np.float64).T, strict=True):
+            scored = column[np.isfinite(column)]
+            if len(scored) < 2:
+                raise UserError(f"objective {name!r} has {len(scored)} scored responses of {len(column)}; it needs at least 2")
+            sd = float(scored.std(ddof=1))
+            if sd <= 1e-12 * max(1.0, float(np.abs(scored).max())):
+                raise UserError(f"objective {name!r} is constant ({scored[0]:g}) on the reference's rollouts: nothing to trade off")
+            means.append(float(scored.mean()))
+            sds.append(sd)
+        return cls(objectives=tuple(objectives), mean_K=tuple(means), sd_K=tuple(sds))
+
+    def __call__(self, reward_NK: np.ndarray) -> np.ndarray:
+        return (np.asarray(reward_NK, dtype=np.float64) - np.array(self.mean_K)) / np.array(self.sd_K)
+
+
+def parse_weights(weights: Mapping[str, float] | Sequence[float] | str, objectives: Sequence[str]) -> tuple[float, ...]:
+    """A point of the simplex in the order of `objectives`.
+
+    Accepts a mapping (missing objectives weigh 0), a sequence, or a string: "helpful=0.7,harmless=0.3" or "0.7,0.3";
+    an empty slot of the latter ("0.2,,0.8") weighs 0. Raises `UserError` for an unknown objective, a negative weight
+    or a sum that isn't 1 (to 1e-6).
+    """
+    if isinstance(weights, str):
+        weights = _parse_text(weights)
+    if isinstance(weights, Mapping):
+        for name in weights:
+            if name not in objectives:
+                raise UserError(f"unknown objective {name!r} in the weights; known: {', '.join(objectives)}")
+        values = tuple(float(weights.get(name, 0.0)) for name in objectives)
+    else:
+        values = tuple(float(w) for w in weights)
+        if len(values) != len(objectives):
+            raise UserError(f"{len(values)} weights {values} for {len(objectives)} objectives ({', '.join(objectives)})")
+    for name, value in zip(objectives, values, strict=True):
+        if not math.isfinite(value) or value < 0:
+            raise UserError(f"the weight of {name!r} is {value:g}; weights are at least 0 and sum to 1")
+    if abs(sum(values) - 1) > 1e-6:
+        raise UserError(
+            f"the weights {', '.join(f'{n}={v:g}' for n, v in zip(objectives, values, strict=True))} sum to {sum(values):g}, not 1"
+        )
+    return values
+
+
+def _parse_text(text: str) -> Mapping[str, float] | list[float]:
+    parts = [p.strip() for p in text.split(",")]
+    try:
+        if any("=" in p for p in parts):
+            return {k.strip(): float(v) for k, v in (p.split("=", 1) for p in parts if p)}
+        return [float(p) if p else 0.0 for p in parts]
+    except ValueError:
+        raise UserError(f"can't read the weights {text!r}; write helpful=0.7,harmless=0.3 or 0.7,0.3") from None
+
+
+def simplex_grid(objectives: int, steps: int) -> list[tuple[float, ...]]:
+    """All weight vectors whose entries are multiples of 1/steps: C(steps + K - 1, K - 1) points, first objective falling.
+
+    >>> simplex_grid(2, 2)
+    [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
+    """
+    if objectives < 1 or steps < 1:
+        raise UserError(f"a weight grid needs at least 1 objective and 1 step, got {objectives} and {steps}")
+    points = []
+    for cuts in itertools.combinations_with_replacement(range(steps + 1), objectives - 1):
+        edges = [0, *cuts, steps]
+        points.append(tuple((b - a) / steps for a, b in itertools.pairwise(edges)))
+    return sorted(points, reverse=True)
+
+
+def linear(reward_NK: np.ndarray, weights_K: Sequence[float]) -> np.ndarray:
+    """sum_k w_k r_k; an objective of weight 0 may be unscored."""
+    weights = np.asarray(weights_K, dtype=np.float64)
+    used = weights > 0
+    return np.asarray(reward_NK, dtype=np.float64)[:, used] @ weights[used]
+
+
+def chebyshev(reward_NK: np.ndarray, weights_K: Sequence[float], ideal_K: Sequence[float]) -> np.ndarray:
+    """-max_k w_k (ideal_k - r_k): the worst weighted shortfall, which also reaches concave parts of a front."""
+    weights = np.asarray(weights_K, dtype=np.float64)
+    used = weights > 0
+    gap = np.asarray(ideal_K, dtype=np.float64)[used] - np.asarray(reward_NK, dtype=np.float64)[:, used]
+    return -np.max(weights[used] * gap, axis=1)
+
+
+def weight_label(objectives: Sequence[str], weights: Sequence[float] | None) -> str:
+    """ "helpful=0.75 harmless=0.25", or "reference" where there are no weights."""
+    if weights is None:
+        return "reference"
+    return " ".join(f"{name}={value:g}" for name, value in zip(objectives, weights, strict=True))

@@ -1,0 +1,149 @@
+"""Records that every layer shares, and the protocols between layers.
+
+Axes: B batch, T tokens, V vocabulary, D hidden, K objectives, N responses, P prompts, C candidates.
+Objectives are always maximised; unscored is NaN. `beta` always means pi proportional to pi_ref * exp(r / beta).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class UserError(ValueError):
+    """Bad input or a broken environment: one line that names the value and the remedy; the CLI exits with 2."""
+
+
+class Message(TypedDict):
+    """One turn of a conversation: `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A conversation that waits for an assistant's turn."""
+
+    id: str
+    messages: tuple[Message, ...]
+    split: str = ""
+    """The split that the data's author gave it ("train", "test"), or "" where there is none."""
+
+    @property
+    def text(self) -> str:
+        """The last user turn."""
+        return self.messages[-1]["content"] if self.messages else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two responses to one prompt, of which `chosen` is better on `objective`."""
+
+    id: str
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    objective: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One response to be sampled: what a `Sampler` is given, a row at a time."""
+
+    id: str
+    """Unique within a run; becomes the rollout's id."""
+    prompt: Prompt
+    seed: int
+    """Fixes the row's random numbers, whatever batch it lands in."""
+    weights: tuple[float, ...] | None = None
+    """The point of the simplex in the order of the sampler's objectives; None samples the reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sampled response with what is needed to price it."""
+
+    id: str
+    prompt_id: str
+    tokens: tuple[int, ...]
+    """Response tokens, the end-of-turn token included where it was sampled."""
+    text: str
+    """What is scored and shown; of a response that ran into the length cap, up to its last whole sentence."""
+    text_tokens: int
+    """How many of the tokens make up `text`."""
+    logprobs: tuple[float, ...]
+    """log pi(token) under the distribution that was sampled from, nats."""
+    ref_logprobs: tuple[float, ...]
+    """log pi_ref(token) over the full vocabulary at the sampling temperature, nats."""
+    kl: float
+    """sum_t KL(pi(.|s_t) || pi_ref restricted to the same candidates), exact, nats: the price of the tilt."""
+    kl_floor: float
+    """sum_t -log(mass of the candidates under pi_ref), nats: the price of truncating to the top k, paid by every method."""
+    finish_reason: Literal["stop", "length"]
+    weights: tuple[float, ...] | None
+    seed: int
+    base_forwards: int
+    """Tokens that went through the policy's backbone for this response, prompt included."""
+    guide_forwards: int = 0
+    """Tokens that went through a backbone only to score candidates."""
+    parent_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """Scores of N responses on K objectives; NaN where a scorer could not say."""
+
+    reward_NK: np.ndarray
+    objectives: tuple[str, ...]
+    rollout_ids: tuple[str, ...]
+    digest: str
+    """SHA-256 over the rollouts that were scored, so that scores are never paired with other texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontPoint:
+    """What one method delivers at one weight vector, averaged over prompts."""
+
+    method: str
+    weights: tuple[float, ...] | None
+    objectives: tuple[str, ...]
+    reward_mean_K: tuple[float, ...]
+    """In standard deviations of the reference's reward, 0 = the reference's mean."""
+    stderr_K: tuple[float, ...]
+    """Over prompts (cluster means), not over responses."""
+    kl: float
+    kl_floor: float
+    cost: float
+    """Backbone tokens per prompt, relative to one plain response of the same sampler settings."""
+    n: int
+    n_unscored: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """A scalar loss to differentiate and the figures to log beside it."""
+
+    loss: Any
+    metrics: dict[str, float]
+
+
+class Sampler(Protocol):
+    """Prompts and weights to rollouts, one rollout per request, in the order of the requests."""
+
+    objectives: tuple[str, ...]
+
+    def __call__(self, requests: Sequence[Request]) -> list[Rollout]: ...
+
+
+class Reward(Protocol):
+    """Scores responses: `reward(prompts, responses)` gives N numbers, larger is better, NaN for unscored."""
+
+    name: str
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray: ...
