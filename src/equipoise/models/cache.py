@@ -1,0 +1,114 @@
+"""A key-value cache that grows in place, drops rows, and keeps one branch of a step's candidates.
+
+`DynamicCache` of transformers concatenates, that is copies, the whole cache at every token; this one writes into
+buffers that double when full. It serves models whose layers all attend to the full past; others get `DynamicCache`
+and can't be used with candidate branches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from equipoise.types import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class GrowingLayer(CacheLayerMixin):
+    """Keys and values [B, heads, T, d] of one layer, as views of buffers with spare room behind them."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._buffers = (self._room(key_states, self.capacity), self._room(value_states, self.capacity))
+        self.is_initialized = True
+
+    @staticmethod
+    def _room(like: torch.Tensor, capacity: int) -> torch.Tensor:
+        batch, heads, _, size = like.shape
+        return like.new_empty((batch, heads, capacity, size))
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._buffers is None:
+            self.capacity = max(self.capacity, key_states.shape[-2])
+            self.lazy_initialization(key_states, value_states)
+        assert self._buffers is not None
+        end = self.length + key_states.shape[-2]
+        if end > self.capacity:
+            self.capacity = max(end, 2 * self.capacity)
+            grown = tuple(self._room(b, self.capacity) for b in self._buffers)
+            for new, old in zip(grown, self._buffers, strict=True):
+                new[:, :, : self.length] = old[:, :, : self.length]
+            self._buffers = (grown[0], grown[1])
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = states
+        self._resize(end)
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def _resize(self, length: int) -> None:
+        assert self._buffers is not None
+        self.length = length
+        self.keys, self.values = (b[:, :, :length] for b in self._buffers)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep these rows of the batch."""
+        assert self._buffers is not None
+        self._buffers = (self._buffers[0][rows], self._buffers[1][rows])
+        self._resize(self.length)
+
+    def keep_branch(self, start: int, choice_B: torch.Tensor) -> None:
+        """Of the candidates written from slot `start` on, keep candidate choice_B[b] of each row b, at slot `start`."""
+        assert self._buffers is not None
+        import torch
+
+        rows = torch.arange(choice_B.shape[0], device=choice_B.device)
+        for buffer in self._buffers:
+            buffer[:, :, start] = buffer[rows, :, start + choice_B]
+        self._resize(start + 1)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def new_cache(config: Any, capacity: int) -> Cache:
+    """A cache for one batch: growing buffers where every layer attends to the full past, else `DynamicCache`."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(text, "sliding_window", None):
+        return DynamicCache(config=config)
+    return Cache(layers=[GrowingLayer(capacity) for _ in range(text.num_hidden_layers)])
+
+
+def select_rows(cache: Cache, rows: torch.Tensor) -> None:
+    """Keep these rows of the batch in every layer."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.select_rows(rows)
+        else:
+            layer.batch_select_indices(rows)
+
+
+def keep_branch(cache: Cache, start: int, choice_B: torch.Tensor) -> None:
+    """Keep one candidate per row in every layer; raises `ValueError` for caches that can't."""
+    for layer in cache.layers:
+        if not isinstance(layer, GrowingLayer):
+            raise UserError("candidate branches need a model whose layers all attend to the full past")
+        layer.keep_branch(start, choice_B)

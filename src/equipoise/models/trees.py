@@ -1,0 +1,135 @@
+"""Hidden states of token trees: every shared prefix is encoded once, whatever hangs under it.
+
+A tree is a list of tokens with parent pointers; a token sees its ancestors and itself, and its position is its depth.
+Pairs under one prompt, rollouts of one prompt, candidates of a step and the "closed" prefixes of a response are all
+trees, so one forward serves them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from equipoise.models.loading import LanguageModel
+
+
+@dataclass
+class TokenTree:
+    """Tokens with parent pointers (-1 for a root); `wanted` lists the nodes whose states are asked for."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def chain(self, parent: int, tokens: Sequence[int]) -> list[int]:
+        """Hang a chain of tokens under `parent`; returns the new nodes."""
+        nodes = []
+        for token in tokens:
+            self.tokens.append(int(token))
+            self.parents.append(parent)
+            parent = len(self.tokens) - 1
+            nodes.append(parent)
+        return nodes
+
+    def ancestors(self) -> tuple[np.ndarray, np.ndarray]:
+        """(sees_NN, depth_N): sees[i, j] where j is i or above it."""
+        size = len(self)
+        sees, depth = np.zeros((size, size), dtype=bool), np.zeros(size, dtype=np.int64)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                sees[node] = sees[parent]
+                depth[node] = depth[parent] + 1
+            sees[node, node] = True
+        return sees, depth
+
+
+def early_exit(backbone: torch.nn.Module, layers: int) -> torch.nn.Module:
+    """The same backbone, sharing its weights, that stops after its first `layers` layers and skips the final norm."""
+    import torch
+
+    shallow = copy.copy(backbone)
+    shallow._modules = dict(backbone._modules)
+    shallow._modules["layers"] = backbone.layers[:layers]
+    shallow._modules["norm"] = torch.nn.Identity()
+    return shallow
+
+
+def tree_states(
+    lm: LanguageModel,
+    trees: Sequence[TokenTree],
+    layers: Sequence[int],
+    *,
+    tokens_per_batch: int = 2048,
+    progress: Callable[[int], None] | None = None,
+) -> list[np.ndarray]:
+    """Hidden states of each tree's wanted nodes: float32 [wanted, len(layers), D] per tree, in the order given.
+
+    Layer l is the residual stream after l layers; l = num_layers is the state after the final norm, which the
+    vocabulary projection reads. Trees are batched by length under a budget of tokens. `progress` is told of every
+    batch's tokens.
+    """
+    import torch
+
+    deepest = max(layers)
+    full = deepest == lm.num_layers
+    backbone = lm.backbone if full else early_exit(lm.backbone, deepest)
+    out: list[np.ndarray | None] = [None] * len(trees)
+    for batch in _batches([len(t) for t in trees], tokens_per_batch):
+        ids, mask, positions = _collate([trees[i] for i in batch])
+        with torch.inference_mode():
+            result = backbone(
+                input_ids=ids.to(lm.device),
+                attention_mask=mask.to(lm.device),
+                position_ids=positions.to(lm.device),
+                use_cache=False,
+                output_hidden_states=len(layers) > 1 or not full,
+            )
+            for row, index in enumerate(batch):
+                wanted = torch.as_tensor(trees[index].wanted, dtype=torch.long, device=lm.device)
+                picked = [_layer(result, layer, deepest, row, wanted) for layer in layers]
+                out[index] = torch.stack(picked, dim=1).float().cpu().numpy()
+        if progress:
+            progress(sum(len(trees[i]) for i in batch))
+    return [states for states in out if states is not None]
+
+
+def _layer(result: object, layer: int, deepest: int, row: int, wanted: torch.Tensor) -> torch.Tensor:
+    states = result.last_hidden_state if layer == deepest else result.hidden_states[layer]  # type: ignore[attr-defined]
+    return states[row].index_select(0, wanted)
+
+
+def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Indices in groups of similar length whose padded size stays under the budget; a longer tree goes alone."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if group and lengths[index] * (len(group) + 1) > budget:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def _collate(trees: Sequence[TokenTree]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
+    width = max(len(t) for t in trees)
+    ids = np.zeros((len(trees), width), dtype=np.int64)
+    positions = np.zeros((len(trees), width), dtype=np.int64)
+    mask = np.zeros((len(trees), 1, width, width), dtype=bool)
+    mask[:, 0, range(width), range(width)] = True  # padding sees itself, so that no row of the softmax is empty
+    for row, tree in enumerate(trees):
+        size = len(tree)
+        sees, depth = tree.ancestors()
+        ids[row, :size], positions[row, :size], mask[row, 0, :size, :size] = tree.tokens, depth, sees
+    return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(positions)
