@@ -1,0 +1,1 @@
+"""Prompts and preference pairs, one loader per source."""

@@ -1,0 +1,54 @@
+"""Prompts: the package's own set, and files of the field's formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from equipoise.data.pairwise import hh_rlhf, read_jsonl
+from equipoise.types import Message, Prompt, UserError
+
+_PACKAGED = Path(__file__).parent / "prompts.jsonl"
+
+
+def load_prompts(source: str = "equipoise") -> list[Prompt]:
+    """Prompts of "equipoise" (the package's 240), "hh:FILE" (an HH-RLHF file) or a JSON-lines FILE.
+
+    A line has `prompt` or `text` (a string), or `messages`; `id` and `split` are optional. Raises `UserError` naming
+    the row that has none of them, or an id that occurs twice.
+    """
+    if source.startswith("hh:"):
+        found: dict[str, Prompt] = {}
+        for pair in hh_rlhf(Path(source[3:]).expanduser(), "hh"):
+            found.setdefault(pair.prompt.id, pair.prompt)
+        return list(found.values())
+    path = _PACKAGED if source == "equipoise" else Path(source).expanduser()
+    prompts = [_prompt(row, index, path) for index, row in enumerate(read_jsonl(path))]
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise UserError(f"{path}: the id {prompt.id!r} occurs twice; ids must be unique")
+        seen.add(prompt.id)
+    return prompts
+
+
+def _prompt(row: dict, index: int, path: Path) -> Prompt:
+    text = row.get("prompt", row.get("text"))
+    if isinstance(text, str) and text.strip():
+        messages: tuple[Message, ...] = (Message(role="user", content=text),)
+    elif isinstance(row.get("messages"), list) and row["messages"]:
+        messages = tuple(Message(role=m["role"], content=m["content"]) for m in row["messages"])
+    else:
+        raise UserError(f"{path}: row {index + 1} has no non-empty prompt, text or messages")
+    return Prompt(id=str(row.get("id", f"row-{index:05d}")), messages=messages, split=str(row.get("split", "")))
+
+
+def split(prompts: Sequence[Prompt], name: str, every: int = 3) -> list[Prompt]:
+    """The prompts of one split: the file's own labels where it has them, else every third prompt is "test".
+
+    Splits go by prompt and never by random numbers or hashes of the text, so that they don't move between versions.
+    """
+    if any(p.split for p in prompts):
+        return [p for p in prompts if p.split == name]
+    test = [p for i, p in enumerate(prompts) if i % every == every - 1]
+    return test if name == "test" else [p for i, p in enumerate(prompts) if i % every != every - 1]
