@@ -1,0 +1,118 @@
+"""Rollouts to reward vectors: every scorer over every response, in shards that survive a kill.
+
+A scorer that raises stops the stage with its name and the response it choked on; finished shards stay. NaN is kept as
+"unscored" and counted; it is never a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from equipoise.runs import rollouts_digest, write_atomic
+from equipoise.types import Prompt, Reward, Rewards, Rollout, UserError
+
+
+def score(rewards: Sequence[Reward], prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout]) -> np.ndarray:
+    """reward_NK of the rollouts. Raises `UserError` naming a scorer that failed and on which rollout."""
+    asked, texts = [prompts[r.prompt_id] for r in rollouts], [r.text for r in rollouts]
+    columns = []
+    for reward in rewards:
+        try:
+            column = np.asarray(reward(asked, texts), dtype=np.float64)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(_blame(reward, asked, texts, rollouts, error)) from error
+        if column.shape != (len(rollouts),):
+            raise UserError(
+                f"reward {reward.name!r} returned shape {column.shape} for {len(rollouts)} responses; it must return one number each"
+            )
+        columns.append(np.where(np.isfinite(column), column, np.nan))
+    return np.stack(columns, axis=1) if columns else np.zeros((len(rollouts), 0))
+
+
+def _blame(reward: Reward, prompts: list[Prompt], texts: list[str], rollouts: Sequence[Rollout], error: Exception) -> str:
+    """Find the first response the scorer fails on, so that the message names it."""
+    for prompt, text, rollout in zip(prompts, texts, rollouts, strict=True):
+        try:
+            reward([prompt], [text])
+        except Exception as single:
+            return f"reward {reward.name!r} failed on rollout {rollout.id!r} ({type(single).__name__}: {single}); mend it and run again: finished shards are kept"
+    return f"reward {reward.name!r} failed on a batch of {len(texts)} but on none of them alone ({type(error).__name__}: {error})"
+
+
+def score_shards(
+    rewards: Sequence[Reward],
+    prompts: Mapping[str, Prompt],
+    rollouts: Sequence[Rollout],
+    folder: Path,
+    shard_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Rewards:
+    """Score what is missing, a shard at a time, and return all scores.
+
+    Raises `UserError` where an objective could score nothing at all, or a shard belongs to other rollouts.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = [r.name for r in rewards]
+    parts = []
+    for index, start in enumerate(range(0, len(rollouts), shard_size)):
+        part, path = rollouts[start : start + shard_size], folder / f"part-{index:05d}.parquet"
+        if not path.exists():
+            reward_NK = score(rewards, prompts, part)
+            columns = {"rollout_id": [r.id for r in part], **{n: reward_NK[:, k] for k, n in enumerate(names)}}
+            table = pa.table(columns).replace_schema_metadata({"rollouts": rollouts_digest(part)})
+            write_atomic(path, lambda scratch, table=table: pq.write_table(table, scratch, compression="zstd"))  # type: ignore[misc]
+        parts.append(_read(path, names, rollouts_digest(part)))
+        if progress:
+            progress(len(part))
+    reward_NK = np.concatenate(parts) if parts else np.zeros((0, len(names)))
+    for k, name in enumerate(names):
+        if len(reward_NK) and not np.isfinite(reward_NK[:, k]).any():
+            raise UserError(f"reward {name!r} scored none of {len(reward_NK)} responses (all NaN): check its input")
+    return Rewards(
+        reward_NK=reward_NK, objectives=tuple(names), rollout_ids=tuple(r.id for r in rollouts), digest=rollouts_digest(rollouts)
+    )
+
+
+def _read(path: Path, names: Sequence[str], digest: str) -> np.ndarray:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0][:120]}); delete it and run `score` again: it alone is redone"
+        ) from None
+    if (table.schema.metadata or {}).get(b"rollouts", b"").decode() != digest:
+        raise UserError(f"{path} holds scores of other rollouts; delete the folder {path.parent} and score again")
+    missing = [n for n in names if n not in table.column_names]
+    if missing:
+        raise UserError(f"{path} has no scores for {missing[0]!r}; delete the folder {path.parent} and score again")
+    return np.stack([table[n].to_numpy(zero_copy_only=False).astype(np.float64) for n in names], axis=1)
+
+
+def read_rewards(folder: Path, rollouts: Sequence[Rollout]) -> Rewards:
+    """Scores of a folder, checked against the rollouts they were made from."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shards = sorted(folder.glob("*.parquet"))
+    if not shards:
+        raise UserError(f"no rewards in {folder}; run `equipoise score` first")
+    try:
+        tables = [pq.read_table(path) for path in shards]
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"a shard in {folder} is damaged ({str(error).splitlines()[0][:120]}); delete it and run `score` again") from None
+    ids = [i for t in tables for i in t["rollout_id"].to_pylist()]
+    if ids != [r.id for r in rollouts]:
+        raise UserError(f"the rewards in {folder} are of other rollouts; score these rollouts again")
+    names = [n for n in tables[0].column_names if n != "rollout_id"]
+    columns = [np.concatenate([t[n].to_numpy(zero_copy_only=False) for t in tables]).astype(np.float64) for n in names]
+    return Rewards(reward_NK=np.stack(columns, axis=1), objectives=tuple(names), rollout_ids=tuple(ids), digest=rollouts_digest(rollouts))

@@ -1,0 +1,265 @@
+"""Tiny random classifiers: labels by name, padding that cannot move a score, truncation that is counted."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from equipoise.rewards import classifier  # noqa: E402
+from equipoise.types import Message, Prompt, UserError  # noqa: E402
+
+WORDS = ["tell", "me", "a", "joke", "why", "did", "the", "hen", "cross", "road", "sure", "no", "good", "bad", "it", "was"]
+RESPONSES = [
+    "sure",
+    "the hen did cross the road",
+    "no it was bad bad bad bad bad bad",
+    "good",
+    "why did the hen",
+    "it was a good joke sure",
+]
+TEMPLATES = {
+    "bert": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
+    "llama": ("<s> $A </s>", "<s> $A $B </s>"),
+    "open": ("<s> $A", "<s> $A $B"),
+}
+
+
+def prompt(content: str = "tell me a joke") -> Prompt:
+    return Prompt(id="p", messages=(Message(role="user", content=content),))
+
+
+def save_tokenizer(folder, kind: str, pad: str | None, max_length: int = 64):
+    """A word-level tokenizer with the special tokens of BERT or Llama ("open": without a closing token); `pad` may be the end of text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if kind == "bert" else ["<unk>", "<s>", "</s>", "<pad>"]
+    vocabulary = {token: i for i, token in enumerate(special + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[1] if kind == "bert" else special[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    single, double = TEMPLATES[kind]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=double, special_tokens=[(t, vocabulary[t]) for t in special if t in double]
+    )
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if kind == "bert" else {"bos_token": "<s>", "eos_token": "</s>"}
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=special[1 if kind == "bert" else 0], pad_token=pad, model_max_length=max_length, **names
+    )
+    fast.save_pretrained(folder)
+    return vocabulary
+
+
+def save_bert(folder, labels=("dull", "funny", "rude"), **extra) -> str:
+    torch.manual_seed(0)
+    vocabulary = save_tokenizer(folder, "bert", "[PAD]")
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, pad_token_id=0, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
+        initializer_range=0.5, **extra,
+    )  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def save_llama(folder, pad: str | None, kind: str = "llama") -> str:
+    torch.manual_seed(1)
+    vocabulary = save_tokenizer(folder, kind, pad)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, max_position_embeddings=64, pad_token_id=vocabulary[pad] if pad else None, bos_token_id=1,
+        eos_token_id=2, num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def make(name: str, **options) -> classifier.Classifier:
+    return classifier.load(name, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> str:
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.mark.parametrize("pair", [True, False])
+def test_bert_batched_is_one_at_a_time(bert, pair):
+    together = make(f"classifier:{bert}#funny", pair=pair)
+    alone = make(f"classifier:{bert}#funny", pair=pair, batch_size=1)
+    prompts = [prompt("tell me " * (i + 1)) for i in range(6)]
+    out = together(prompts, RESPONSES)
+    assert out.shape == (6,)
+    assert out.dtype == np.float64
+    assert np.ptp(out) > 1e-3
+    np.testing.assert_allclose(out, alone(prompts, RESPONSES), atol=1e-5)
+    np.testing.assert_allclose(out[::-1], together(prompts[::-1], RESPONSES[::-1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "</s>", None])
+def test_decoder_pools_at_the_last_real_token(tmp_path, pad):
+    source = save_llama(tmp_path, pad)
+    reward = make(f"classifier:{source}", batch_size=4)
+    out = reward([prompt()] * 6, RESPONSES)
+    model = transformers.LlamaForSequenceClassification.from_pretrained(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    for value, response in zip(out, RESPONSES, strict=True):
+        ids = torch.tensor([tokenizer(prompt().text, response)["input_ids"]])
+        assert ids[0, -1] == tokenizer.eos_token_id
+        with torch.no_grad():
+            expected = model.score(model.model(ids).last_hidden_state[0, -1]).item()
+        assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_pad_equal_to_eos_would_go_wrong_without_care(tmp_path):
+    source = save_llama(tmp_path, "</s>")
+    naive = transformers.LlamaForSequenceClassification.from_pretrained(source)
+    ids = transformers.AutoTokenizer.from_pretrained(source)(prompt().text, RESPONSES[1], return_tensors="pt")
+    with torch.no_grad():
+        wrong = naive(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]).logits.item()
+    assert abs(make(f"classifier:{source}")([prompt()], RESPONSES[1:2])[0] - wrong) > 1e-3
+
+
+def test_text_that_spells_the_pad_token_is_read_to_its_end(tmp_path):
+    source = save_llama(tmp_path, "<pad>", "open")
+    texts = ["good <pad>", "good", "bad <pad> it was <pad>"]
+    out = make(f"classifier:{source}", batch_size=4, pair=False)([prompt()] * 3, texts)
+    model = transformers.LlamaForSequenceClassification.from_pretrained(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    for value, text in zip(out, texts, strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert value == pytest.approx(model.score(model.model(ids).last_hidden_state[0, -1]).item(), abs=1e-5)
+
+
+def test_label_by_name(bert):
+    rewards = [make(f"classifier:{bert}#{label}") for label in ("dull", "funny", "rude")]
+    assert [r.label_index for r in rewards] == [0, 1, 2]
+    assert rewards[1].name == f"classifier:{bert}#funny"
+    model = transformers.BertForSequenceClassification.from_pretrained(bert)
+    row = transformers.AutoTokenizer.from_pretrained(bert)(prompt().text, "good", return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**row).logits[0].tolist()
+    np.testing.assert_allclose([r([prompt()], ["good"])[0] for r in rewards], expected, atol=1e-5)
+
+
+def test_several_labels_and_none_named(bert):
+    with pytest.raises(UserError, match="name one of dull, funny, rude"):
+        make(f"classifier:{bert}")
+    with pytest.raises(UserError, match="no label 'humor': name one of dull, funny, rude"):
+        make(f"classifier:{bert}#humor")
+
+
+def test_label_index():
+    assert classifier.label_index({0: "LABEL_0"}, None) == 0
+    assert classifier.label_index({0: "no", 1: "Yes"}, "yes") == 1
+    assert classifier.label_index({0: "yes", 1: "Yes"}, "yes") == 0
+    with pytest.raises(UserError, match="no label 'YES'"):
+        classifier.label_index({0: "yes", 1: "Yes"}, "YES")
+    with pytest.raises(UserError, match="no label 'good'"):
+        classifier.label_index({0: "LABEL_0"}, "good")
+
+
+def test_logprob_is_a_log_softmax(bert):
+    logits = np.array([make(f"classifier:{bert}#{label}")([prompt()], ["good"])[0] for label in ("dull", "funny", "rude")])
+    out = [make(f"classifier:{bert}#{label}", form="logprob")([prompt()], ["good"])[0] for label in ("dull", "funny", "rude")]
+    np.testing.assert_allclose(np.exp(out).sum(), 1.0, atol=1e-6)
+    np.testing.assert_allclose(out, logits - np.log(np.exp(logits).sum()), atol=1e-5)
+
+
+def test_logprob_of_a_multi_label_model_is_a_log_sigmoid(tmp_path):
+    source = save_bert(tmp_path, problem_type="multi_label_classification")
+    logit, logprob = (make(f"classifier:{source}#rude", form=form)([prompt()], ["bad"])[0] for form in ("logit", "logprob"))
+    assert logprob == pytest.approx(-math.log1p(math.exp(-logit)), abs=1e-5)
+
+
+def test_single_logit_needs_no_label_and_has_no_logprob(tmp_path):
+    source = save_llama(tmp_path, "<pad>")
+    assert np.isfinite(make(f"classifier:{source}")([prompt()], ["good"])).all()
+    with pytest.raises(UserError, match="single logit"):
+        make(f"classifier:{source}", form="logprob")
+
+
+def test_truncation_is_counted(bert):
+    reward = make(f"classifier:{bert}#funny")
+    assert reward.max_length == 32
+    out = reward([prompt()] * 3, ["good " * 100, "good", "good " * 50])
+    assert reward.n_truncated == 2
+    assert np.isfinite(out).all()
+    assert out[0] == pytest.approx(out[2], abs=1e-5)
+    short = make(f"classifier:{bert}#funny", max_length=8)
+    short([prompt()], ["good good"])
+    assert short.max_length == 8
+    assert short.n_truncated == 1
+    short([prompt()], ["good"])
+    assert short.n_truncated == 1
+
+
+def test_roberta_limit_leaves_room_for_its_position_offset(tmp_path):
+    config = transformers.RobertaConfig(
+        vocab_size=30,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        max_position_embeddings=18,
+        pad_token_id=1,
+    )
+    model = transformers.RobertaForSequenceClassification(config)
+    save_tokenizer(tmp_path, "llama", "<pad>", max_length=10**9)
+    assert classifier.token_limit(model, transformers.AutoTokenizer.from_pretrained(tmp_path)) == 16
+
+
+def test_prompt_format_and_response_only(bert):
+    plain = make(f"classifier:{bert}#funny")
+    wrapped = make(f"classifier:{bert}#funny", prompt_format="why {prompt}")
+    only = make(f"classifier:{bert}#funny", pair=False)
+    first, second = prompt("tell me"), prompt("why did it")
+    assert wrapped([first], ["good"])[0] == pytest.approx(plain([prompt("why tell me")], ["good"])[0], abs=1e-6)
+    assert only([first], ["good"])[0] == pytest.approx(only([second], ["good"])[0], abs=1e-6)
+    assert plain([first], ["good"])[0] != pytest.approx(plain([second], ["good"])[0], abs=1e-4)
+
+
+def test_blank_responses_are_unscored(bert):
+    out = make(f"classifier:{bert}#funny")([prompt()] * 3, ["", "good", " \n"])
+    assert np.isnan(out[[0, 2]]).all()
+    assert np.isfinite(out[1])
+    assert make(f"classifier:{bert}#funny")([], []).shape == (0,)
+
+
+def test_a_model_without_a_head_is_refused(tmp_path):
+    save_bert(tmp_path)
+    config = transformers.BertConfig.from_pretrained(tmp_path)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no trained classification head"):
+        make(f"classifier:{tmp_path}#funny")
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    source = save_bert(tmp_path)
+    model = transformers.BertForSequenceClassification.from_pretrained(source)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="could not be loaded"):
+        make(f"classifier:{source}#funny")
+
+
+def test_bad_options(bert, tmp_path):
+    for call, message in [
+        (lambda: make("positive"), "write classifier:<Hub id"),
+        (lambda: make("classifier:"), "write classifier:<Hub id"),
+        (lambda: make(f"classifier:{tmp_path}/nothing#funny"), "no classifier folder"),
+        (lambda: make(f"classifier:{bert}#funny", form="prob"), "form must be logit or logprob, got 'prob'"),
+        (lambda: make(f"classifier:{bert}#funny", batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: make(f"classifier:{bert}#funny")([prompt()], []), "one prompt per response"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_folder_whose_name_holds_a_hash(tmp_path):
+    source = save_bert(tmp_path / "run#3")
+    assert make(f"classifier:{source}#rude").label_index == 2
