@@ -1,0 +1,1 @@
+"""Sweeps, statistics of fronts, and the report."""

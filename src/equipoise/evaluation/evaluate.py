@@ -1,0 +1,138 @@
+"""A sweep's folder to the evaluation that the report draws: points, hypervolumes, comparisons, examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from equipoise.evaluation.summary import Point, Summary, at_kl
+from equipoise.evaluation.sweep import Scored, read_point
+from equipoise.models.value_heads import ValueHeads
+from equipoise.objectives import simplex_grid, weight_label
+from equipoise.runs import read_json
+from equipoise.types import Prompt
+
+
+def evaluation_of(
+    folder: Path, values: Path, prompts: Mapping[str, Prompt], sweep: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All figures of one sweep as the report reads them."""
+    heads = ValueHeads.load(values / "values.safetensors")
+    grid = simplex_grid(len(heads.objectives), sweep["steps"])
+    reference = read_point(folder, "reference", None)
+    steered = [read_point(folder, "single-pass", w) for w in grid]
+    summary = Summary(reference, heads.normaliser, settings["n_boot"], settings["seed"])
+    ours = [summary.point(s) for s in steered]
+    best = {n: [summary.best_of(reference, w, n, "best-of-n") for w in grid] for n in settings["best_of"]}
+    both = {n: [summary.best_of(s, w, n, "guided best-of-n") for s, w in zip(steered, grid, strict=True)] for n in settings["guided_best_of"]}
+    drawn = [summary.resampled(reference, w, settings["resampling_beta"]) for w in grid]
+    prefix = _prefix(folder, heads, settings, grid)
+    points = [summary.reference, *ours, *(p for group in both.values() for p in group), *(p for group in best.values() for p in group), *drawn]
+    ref_point = [settings["ref_point"]] * len(heads.objectives)
+    return {
+        "title": "One model, steered between " + " and ".join(heads.objectives),
+        "objectives": list(heads.objectives),
+        "judges": list(summary.judges),
+        "ref_point_K": ref_point,
+        "settings": {"sweep": dict(sweep), "evaluate": dict(settings)},
+        "points": [*(summary.row(p) for p in points), *prefix],
+        "hypervolume": _hypervolumes(summary, ours, both, best, drawn, ref_point),
+        "equal_compute": _equal_compute(summary, ours, both, best),
+        "equal_kl": _equal_kl(summary, ours, best),
+        "examples": _examples(prompts, reference, steered, heads, settings["examples"]),
+        "values": _value_quality(values),
+        "calibration": [{"weights": list(p.weights or ()), "asked": sweep["kl_budget"], "realised": p.kl} for p in ours],
+    }
+
+
+def _prefix(folder: Path, heads: ValueHeads, settings: Mapping[str, Any], grid: Sequence[tuple[float, ...]]) -> list[dict[str, Any]]:
+    """The prefix form's points, against the reference's samples of the same prompts."""
+    rows = []
+    for weights in grid:
+        if not (folder / "prefix" / ("w" + "_".join(f"{w:g}" for w in weights))).exists():
+            continue
+        scored = read_point(folder, "prefix", weights)
+        asked = {r.prompt_id for r in scored.rollouts}
+        reference = read_point(folder, "reference", None)
+        keep = [i for i, r in enumerate(reference.rollouts) if r.prompt_id in asked]
+        few = Scored("reference", None, [reference.rollouts[i] for i in keep], reference.reward_NK[keep], reference.names, 0.0, reference.source)
+        summary = Summary(few, heads.normaliser, settings["n_boot"], settings["seed"])
+        rows.append(summary.row(summary.point(scored)))
+    return rows
+
+
+def _ends(points: Sequence[Point]) -> list[tuple[int, Point]]:
+    """(objective, point with all weight on it)."""
+    return [(p.weights.index(1.0), p) for p in points if p.weights and max(p.weights) == 1.0]
+
+
+def _hypervolumes(
+    summary: Summary,
+    ours: list[Point],
+    both: dict[int, list[Point]],
+    best: dict[int, list[Point]],
+    drawn: list[Point],
+    ref_point: list[float],
+) -> list[dict[str, Any]]:
+    rows = [summary.hypervolume([summary.reference], "reference (= best-of-1)", ref_point), summary.hypervolume(ours, "single-pass", ref_point)]
+    rows += [summary.hypervolume(points, f"best-of-{n}", ref_point) for n, points in best.items()]
+    rows += [summary.hypervolume(points, f"guided best-of-{n}", ref_point) for n, points in both.items()]
+    rows.append(summary.hypervolume(drawn, "resampling", ref_point))
+    return sorted(rows, key=lambda r: r["cost"])
+
+
+def _equal_compute(summary: Summary, ours: list[Point], both: dict[int, list[Point]], best: dict[int, list[Point]]) -> list[dict[str, Any]]:
+    """Steering against best-of-1, and steering under best-of-n against best-of-n alone, each at its own objective."""
+    rows = []
+    for k, point in _ends(ours):
+        rows.append(summary.compare(point, summary.reference.z_PK[:, k], k, ours="single-pass", other="best-of-1", cost=point.cost))
+    for n in sorted(set(both) & set(best)):
+        for k, point in _ends(both[n]):
+            other = dict(_ends(best[n]))[k]
+            rows.append(summary.compare(point, other.z_PK[:, k], k, ours=f"guided best-of-{n}", other=f"best-of-{n}", cost=point.cost))
+    return rows
+
+
+def _equal_kl(summary: Summary, ours: list[Point], best: dict[int, list[Point]]) -> list[dict[str, Any]]:
+    """Each end against best-of-n at the KL that the end spent, between two n by linear interpolation."""
+    rows = []
+    for k, point in _ends(ours):
+        ladder = [summary.reference, *(dict(_ends(points))[k] for points in best.values())]
+        other = at_kl(ladder, point.kl, k)
+        rows.append(summary.compare(point, other, k, ours="single-pass", other="best-of-n", kl=point.kl))
+    return rows
+
+
+def _examples(
+    by_id: Mapping[str, Prompt], reference: Scored, steered: Sequence[Scored], heads: ValueHeads, count: int
+) -> list[dict[str, Any]]:
+    """The first sample of evenly spaced prompts: the reference's, then along the weights. Not chosen by outcome."""
+    prompts = list(dict.fromkeys(r.prompt_id for r in reference.rollouts))
+    chosen = [prompts[i * len(prompts) // count] for i in range(min(count, len(prompts)))]
+    split, examples = len(heads.objectives), []
+    for prompt_id in chosen:
+        responses = []
+        for scored in (reference, *steered):
+            index = next(i for i, r in enumerate(scored.rollouts) if r.prompt_id == prompt_id)
+            z = heads.normaliser(scored.reward_NK[index, :split])
+            label = weight_label(heads.objectives, scored.weights)
+            responses.append({"label": label, "text": scored.rollouts[index].text, "reward": [None if np.isnan(v) else float(v) for v in z]})
+        examples.append({"prompt_id": prompt_id, "prompt": by_id[prompt_id].text, "responses": responses})
+    return examples
+
+
+def _value_quality(values: Path) -> list[dict[str, Any]]:
+    quality = read_json(values / "quality.json")
+    rows = []
+    for form in ("teacher", "single-pass", "prefix"):
+        for k, objective in enumerate(quality["objectives"]):
+            figures = quality[form]
+            by_position = [[position, r2[k]] for position, r2 in figures.get("r2_by_position", [])]
+            row = {"form": form, "objective": objective, "r2": figures["r2"][k], "r2_by_position": by_position}
+            if "efficiency" in figures:
+                row["efficiency"] = figures["efficiency"][k]
+            rows.append(row)
+    return rows

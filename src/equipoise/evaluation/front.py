@@ -1,0 +1,211 @@
+"""Fronts of maximised objectives: dominance, hypervolume, and intervals that resample prompts.
+
+Arrays in, arrays out, float64. Every objective is maximised. NaN is unscored: it is left out of a mean and keeps a
+point off the front. Prompts, not responses, are resampled, since responses to one prompt aren't independent; what is
+compared shares the resampled prompts.
+
+Sources: hypervolume, Zitzler & Thiele 1998, computed exactly by moocore; percentile bootstrap, Efron & Tibshirani 1993,
+chapter 13; sign-flip test, Fisher 1935, with the +1 of Phipson & Smyth 2010.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from equipoise.types import UserError
+
+_EXACT_FLIPS = 1 << 14
+_CHUNK = 1024
+
+
+def dominates(a_K: np.ndarray, b_K: np.ndarray) -> bool:
+    """Whether `a` is at least `b` on every objective and above it on one; a NaN on either side dominates nothing."""
+    a, b = np.asarray(a_K, dtype=np.float64), np.asarray(b_K, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise UserError(f"dominance compares two vectors of the same objectives, got shapes {a.shape} and {b.shape}")
+    return bool(np.all(a >= b) and np.any(a > b))
+
+
+def non_dominated(points_NK: np.ndarray) -> np.ndarray:
+    """Mask [N] of the rows that no other row dominates; equal rows are both kept, rows with a NaN never."""
+    import moocore
+
+    points = _matrix(points_NK, "points")
+    scored = ~np.isnan(points).any(axis=1)
+    mask = np.zeros(len(points), dtype=bool)
+    if scored.any():
+        mask[scored] = moocore.is_nondominated(points[scored], maximise=True, keep_weakly=True)
+    return mask
+
+
+def hypervolume(points_NK: np.ndarray, ref_point_K: Sequence[float] | np.ndarray) -> float:
+    """Volume that is dominated by the points and lies above the reference point.
+
+        HV = vol( union_n { z : ref_point <= z <= points_n } )
+
+    In the product of the objectives' units. Rows with a NaN are left out; rows that don't exceed the reference point on
+    every objective add 0. Raises `UserError` for a reference point that isn't finite or of another size, and for
+    infinite points.
+    """
+    import moocore
+
+    points, ref_point = _matrix(points_NK, "points"), _ref_point(ref_point_K, np.shape(points_NK)[-1])
+    points = points[~np.isnan(points).any(axis=1)]
+    if np.isinf(points).any():
+        raise UserError("a point of the front is infinite, so its hypervolume is too; look for a reward that overflows")
+    above = points[np.all(points > ref_point, axis=1)]
+    return float(moocore.hypervolume(above, ref=ref_point, maximise=True)) if len(above) else 0.0
+
+
+def prompt_means(reward_NK: np.ndarray, prompt_ids: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Mean over the scored responses of each prompt: (ids, mean_PK), prompts in the order of their first response.
+
+    A prompt without a scored response has NaN. Raises `UserError` where ids and rows differ in number.
+    """
+    reward = _matrix(reward_NK, "rewards")
+    if len(reward) != len(prompt_ids):
+        raise UserError(f"{len(reward)} rows of rewards for {len(prompt_ids)} prompt ids")
+    rows: dict[str, int] = {}
+    index = np.array([rows.setdefault(prompt, len(rows)) for prompt in prompt_ids], dtype=np.int64)
+    scored = ~np.isnan(reward)
+    total, count = np.zeros((len(rows), reward.shape[1])), np.zeros((len(rows), reward.shape[1]))
+    np.add.at(total, index, np.where(scored, reward, 0.0))
+    np.add.at(count, index, scored)
+    return tuple(rows), _divide(total, count)
+
+
+def bootstrap_indices(n_prompts: int, n_boot: int, seed: int) -> np.ndarray:
+    """Prompts drawn with replacement, int64 [n_boot, P]: one table serves every point, so that differences are paired."""
+    if n_prompts < 2:
+        raise UserError(f"an interval over prompts needs at least 2 prompts, got {n_prompts}")
+    if n_boot < 1:
+        raise UserError(f"a bootstrap needs at least 1 resample, got {n_boot}; 2000 is usual")
+    return np.random.default_rng(seed).integers(0, n_prompts, size=(n_boot, n_prompts), dtype=np.int64)
+
+
+def mean_interval(values_P: np.ndarray, indices: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, lo, hi): the mean over scored prompts and its percentile interval over the resamples `indices` [n_boot, P].
+
+    Raises `UserError` where fewer than 2 prompts are scored or the table is for another number of prompts.
+    """
+    values = _vector(values_P)
+    _check_table(indices, len(values))
+    _check_scored(values, "values")
+    lo, hi = _percentiles(_mean(values[indices], axis=1), level)
+    return float(_mean(values, axis=0)), lo, hi
+
+
+def paired_interval(a_P: np.ndarray, b_P: np.ndarray, indices: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, lo, hi) of a - b on the same prompts; a prompt that either side left unscored is left out."""
+    return mean_interval(_difference(a_P, b_P), indices, level)
+
+
+def hypervolume_interval(
+    reward_WPK: np.ndarray, ref_point_K: Sequence[float] | np.ndarray, indices: np.ndarray, level: float = 0.95
+) -> tuple[float, float, float]:
+    """(value, lo, hi) of the hypervolume of W points, each the mean over prompts; all points share the resampled prompts.
+
+        value = HV(mean_p reward_WPK),  replicate b = HV(mean over indices_b of reward_WPK)
+
+    In the product of the objectives' units. A maximum over noisy points is biased upwards, more so for many close
+    points, and the interval isn't corrected for it: compare methods at the same W. Raises `UserError` for fewer than 2
+    prompts and for an objective that no point was scored on.
+    """
+    reward = np.asarray(reward_WPK, dtype=np.float64)
+    if reward.ndim != 3:
+        raise UserError(f"rewards of a front have the axes weights, prompts, objectives; got shape {reward.shape}")
+    _check_table(indices, reward.shape[1])
+    for k in range(reward.shape[2]):
+        _check_scored(reward[:, :, k].T, f"objective {k}")
+    value = hypervolume(_mean(reward, axis=1), ref_point_K)
+    replicates = np.array([hypervolume(_mean(reward[:, rows], axis=1), ref_point_K) for rows in indices])
+    return value, *_percentiles(replicates, level)
+
+
+def permutation_pvalue(a_P: np.ndarray, b_P: np.ndarray, n: int, seed: int) -> float:
+    """Two-sided p of the paired sign-flip test that a - b is symmetric about 0.
+
+        p = (1 + #{s : |mean s d| >= |mean d|}) / (n + 1),  d = a - b over the prompts both scored, s random signs
+
+    All 2^P sign patterns are used instead, and the +1 dropped, where they are at most n and at most 16384. Unitless,
+    never 0. Raises `UserError` for fewer than 2 prompts in common or n below 1.
+    """
+    difference = _difference(a_P, b_P)
+    _check_scored(difference, "differences")
+    if n < 1:
+        raise UserError(f"a permutation test needs at least 1 permutation, got {n}; 10000 is usual")
+    difference = difference[~np.isnan(difference)]
+    # Sums that are equal in exact arithmetic must tie, or p would depend on the order of the additions.
+    observed = abs(difference.sum()) - 1e-12 * np.abs(difference).sum()
+    patterns = 1 << min(len(difference), 62)
+    if patterns <= min(n, _EXACT_FLIPS):
+        bits = (np.arange(patterns)[:, None] >> np.arange(len(difference))) & 1
+        return float(np.mean(np.abs((1.0 - 2.0 * bits) @ difference) >= observed))
+    rng, extreme = np.random.default_rng(seed), 0
+    for start in range(0, n, _CHUNK):
+        signs = 1.0 - 2.0 * rng.integers(0, 2, size=(min(_CHUNK, n - start), len(difference)))
+        extreme += int(np.sum(np.abs(signs @ difference) >= observed))
+    return (1 + extreme) / (n + 1)
+
+
+def _matrix(values: np.ndarray, what: str) -> np.ndarray:
+    matrix = np.asarray(values, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[1] == 0:
+        raise UserError(f"{what} are a table with one row each and one column per objective; got shape {matrix.shape}")
+    return matrix
+
+
+def _vector(values: np.ndarray) -> np.ndarray:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1:
+        raise UserError(f"an interval is taken of one number per prompt; got shape {vector.shape}")
+    return vector
+
+
+def _ref_point(ref_point: Sequence[float] | np.ndarray, objectives: int) -> np.ndarray:
+    vector = np.asarray(ref_point, dtype=np.float64)
+    if vector.shape != (objectives,) or not np.isfinite(vector).all():
+        raise UserError(f"the reference point {vector.tolist()} must have one finite number for each of {objectives} objectives")
+    return vector
+
+
+def _difference(a_P: np.ndarray, b_P: np.ndarray) -> np.ndarray:
+    a, b = _vector(a_P), _vector(b_P)
+    if a.shape != b.shape:
+        raise UserError(f"a paired comparison needs the same prompts on both sides, got {len(a)} and {len(b)}")
+    return a - b
+
+
+def _check_table(indices: np.ndarray, prompts: int) -> None:
+    if prompts < 2:
+        raise UserError(f"an interval over prompts needs at least 2 prompts, got {prompts}")
+    if indices.ndim != 2 or indices.shape[1] != prompts:
+        raise UserError(f"the bootstrap table of shape {indices.shape} isn't for {prompts} prompts; make it with bootstrap_indices")
+
+
+def _check_scored(values: np.ndarray, what: str) -> None:
+    """Fewer than 2 scored prompts have no spread to speak of; a prompt (axis 0) counts once, however many points scored it."""
+    scored = ~np.isnan(values)
+    found = int(scored.any(axis=1).sum() if scored.ndim == 2 else scored.sum())
+    if found < 2:
+        raise UserError(f"{what}: {found} of {len(values)} prompts are scored; an interval needs at least 2")
+
+
+def _divide(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=np.asarray(count) > 0)
+
+
+def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+    scored = ~np.isnan(values)
+    return _divide(np.where(scored, values, 0.0).sum(axis=axis), scored.sum(axis=axis))
+
+
+def _percentiles(replicates: np.ndarray, level: float) -> tuple[float, float]:
+    """Quantiles of the replicates; one that happened to draw no scored prompt is left out."""
+    if not 0 < level < 1:
+        raise UserError(f"an interval's level lies between 0 and 1, got {level:g}; 0.95 is usual")
+    tail = (1 - level) / 2
+    lo, hi = np.quantile(replicates[~np.isnan(replicates)], [tail, 1 - tail])
+    return float(lo), float(hi)

@@ -1,0 +1,100 @@
+"""The report's first sentences, made from the numbers: what each end of the front gains, and who wins a fair comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from equipoise.evaluation.drawing import Evaluation, entry, number
+from equipoise.evaluation.figures import own_objective
+from equipoise.evaluation.markup import decimal
+
+_LISTED = 4
+
+
+def headline(evaluation: Evaluation) -> list[str]:
+    """Up to three sentences; none where nothing was scored."""
+    found = [
+        _ends(evaluation),
+        _comparison("At equal compute", evaluation.get("equal_compute") or [], "cost", "× a plain response"),
+        _comparison("At equal KL", evaluation.get("equal_kl") or [], "kl", " nats"),
+    ]
+    return [sentence for sentence in found if sentence]
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Who is ahead in a comparison: the name, "undecided" where the interval of ours - other holds 0, "unscored"."""
+    difference = row.get("difference") or {}
+    mean, lo, hi = (number(difference.get(key)) for key in ("mean", "lo", "hi"))
+    if mean is None or lo is None or hi is None:
+        return "unscored"
+    if lo > 0:
+        return str(row["ours"])
+    return str(row["other"]) if hi < 0 else "undecided"
+
+
+def our_method(evaluation: Evaluation) -> str | None:
+    """The method the page is about: the one the comparisons call ours, else single-pass, else the first that isn't the reference."""
+    points = evaluation.get("points") or []
+    ours = {row["ours"] for key in ("equal_compute", "equal_kl") for row in evaluation.get(key) or []}
+    named = [p["method"] for p in points if p["method"] in ours or p["label"] in ours]
+    methods = [p["method"] for p in points if p["method"] != "reference"]
+    return next(iter(named + ["single-pass"] * ("single-pass" in methods) + methods), None)
+
+
+def _ends(evaluation: Evaluation) -> str:
+    """The gain of the first point that has all weight on an objective, for each objective."""
+    method = our_method(evaluation)
+    clauses = []
+    for k, name in enumerate(evaluation["objectives"]):
+        end = next((p for p in evaluation.get("points") or [] if p["method"] == method and own_objective(p) == k), None)
+        gain = entry(end.get("gain"), k) if end else {}
+        if number(gain.get("mean")) is None:
+            continue
+        lo, hi = number(gain.get("lo")), number(gain.get("hi"))
+        unclear = ", so no clear change" if lo is not None and hi is not None and lo <= 0 <= hi else ""
+        clauses.append(f"{decimal(gain['mean'], sign=True)} sd in {name} ({_range(gain)}{unclear})")
+    if not clauses:
+        return ""
+    return f"With all weight on one objective, {method} gains over the reference {_listing(clauses, ', ')}."
+
+
+def _comparison(opening: str, rows: Sequence[Mapping[str, Any]], key: str, unit: str) -> str:
+    scored = [row for row in rows if verdict(row) != "unscored"]
+    if not scored:
+        return ""
+    if len(scored) <= _LISTED:
+        return f"{opening}, {_listing([_clause(row, key, unit) for row in scored], '; ')}."
+    ours = sum(verdict(row) == row["ours"] for row in scored)
+    lost = [row for row in scored if verdict(row) == row["other"]]
+    behind = ", ".join(f"{row['other']} on {row['objective']} at {decimal(row.get(key))}{unit}" for row in lost[:_LISTED])
+    more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
+    return (
+        f"{opening}, {scored[0]['ours']} is ahead in {ours} of {len(scored)} comparisons, behind in {len(lost)}"
+        f"{f' ({behind}{more})' if lost else ''} and undecided in {len(scored) - ours - len(lost)}."
+    )
+
+
+def _clause(row: Mapping[str, Any], key: str, unit: str) -> str:
+    difference, winner, place = row["difference"], verdict(row), f"({decimal(row.get(key))}{unit})"
+    if winner == "undecided":
+        return (
+            f"{row['ours']} and {row['other']} can't be told apart on {row['objective']} {place}: "
+            f"{decimal(difference.get('mean'), sign=True)} sd, {_range(difference)}"
+        )
+    loser, sign = (row["other"], 1) if winner == row["ours"] else (row["ours"], -1)
+    won = {end: sign * difference[end] for end in ("mean", "lo", "hi")}
+    won["lo"], won["hi"] = sorted((won["lo"], won["hi"]))
+    return f"{winner} is ahead of {loser} on {row['objective']} {place} by {decimal(won['mean'])} sd, {_range(won)}"
+
+
+def _range(estimate: Mapping[str, Any]) -> str:
+    return f"95\u00a0% interval {decimal(estimate.get('lo'), sign=True)} to {decimal(estimate.get('hi'), sign=True)}"
+
+
+def _listing(parts: Sequence[str], separator: str) -> str:
+    """ "a", "a and b", "a, b, and c"; clauses with commas of their own are given a semicolon, also where there are two."""
+    if len(parts) == 1:
+        return parts[0]
+    pause = "" if len(parts) == 2 and separator == ", " else separator.strip()
+    return f"{separator.join(parts[:-1])}{pause} and {parts[-1]}"

@@ -1,0 +1,194 @@
+"""From scored points to the table, the comparisons and the hypervolumes of a report.
+
+Everything is averaged per prompt first; intervals resample prompts. Rewards are in standard deviations of the reference's
+rollouts that the values were trained on (0 is their mean); a gain is the paired difference to the reference on the same
+prompts. Best-of-n and resampling choose among the reference's own samples of each prompt, or among a guided point's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from equipoise.decoding.resampling import best_of_n, best_of_n_kl, resample, resampling_kl
+from equipoise.evaluation.front import (
+    bootstrap_indices,
+    hypervolume_interval,
+    mean_interval,
+    paired_interval,
+    permutation_pvalue,
+)
+from equipoise.evaluation.sweep import Scored, mean_cost, tokens_per_second
+from equipoise.objectives import Normaliser, linear, weight_label
+from equipoise.rewards.text import is_refusal, word_count
+from equipoise.types import UserError
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one weight vector: z_PK per prompt (objectives, then judges) and its price."""
+
+    method: str
+    weights: tuple[float, ...] | None
+    n: int
+    z_PK: np.ndarray
+    kl: float
+    kl_floor: float
+    cost: float
+    words: float
+    refusals: float
+    truncated: float
+    unscored: int
+    responses: int
+    tokens_per_s: float | None
+    source: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Summary:
+    """Builds points on one set of prompts, all against the same reference samples."""
+
+    def __init__(self, reference: Scored, normaliser: Normaliser, n_boot: int, seed: int) -> None:
+        self.objectives, self.seed = normaliser.objectives, seed
+        self.names = reference.names
+        self.judges = tuple(n for n in self.names if n not in self.objectives)
+        if self.names[: len(self.objectives)] != self.objectives:
+            raise UserError(f"the sweep scored {self.names}, but the values are for {self.objectives}; score those first and in that order")
+        self.prompt_ids = list(dict.fromkeys(r.prompt_id for r in reference.rollouts))
+        judged = Normaliser.fit(self.names, reference.reward_NK)
+        count = len(self.objectives)
+        self._mean = np.array([*normaliser.mean_K, *judged.mean_K[count:]])
+        self._sd = np.array([*normaliser.sd_K, *judged.sd_K[count:]])
+        self.indices = bootstrap_indices(len(self.prompt_ids), n_boot, seed)
+        self._unit = mean_cost(reference.rollouts)
+        self.reference = self.point(reference)
+
+    def _z(self, scored: Scored) -> np.ndarray:
+        return (scored.reward_NK - self._mean) / self._sd
+
+    def point(self, scored: Scored, choice_PG: np.ndarray | None = None, **overrides: Any) -> Point:
+        """A point over all samples, or over the chosen row per prompt and group, `choice_PG`."""
+        rows_PS = scored.by_prompt(self.prompt_ids) if choice_PG is None else choice_PG
+        z_PSK = self._z(scored)[rows_PS]
+        chosen = [scored.rollouts[i] for i in rows_PS.ravel()]
+        facts: dict[str, Any] = {
+            "method": scored.method,
+            "weights": scored.weights,
+            "n": 1,
+            "kl": float(np.mean([r.kl for r in scored.rollouts])),
+            "cost": mean_cost(scored.rollouts) / self._unit,
+            "tokens_per_s": tokens_per_second(scored),
+        }
+        return Point(
+            z_PK=_nanmean(z_PSK),
+            kl_floor=float(np.mean([r.kl_floor for r in scored.rollouts])),
+            words=float(np.mean([word_count(r.text) for r in chosen])),
+            refusals=float(np.mean([is_refusal(r.text) for r in chosen])),
+            truncated=float(np.mean([r.finish_reason == "length" for r in chosen])),
+            unscored=int((~np.isfinite(z_PSK)).any(axis=-1).sum()),
+            responses=len(chosen),
+            source=scored.source,
+            **(facts | overrides),
+        )
+
+    def best_of(self, scored: Scored, weights: tuple[float, ...], n: int, method: str) -> Point:
+        """Best-of-n by the weighted rewards, averaged over the disjoint groups of n samples of each prompt."""
+        groups_PGN = self._groups(scored, n)
+        score = linear(self._z(scored)[:, : len(self.objectives)], weights)[groups_PGN]
+        pick_PG = best_of_n(score.reshape(-1, n)).reshape(score.shape[:2])
+        choice_PG = np.take_along_axis(groups_PGN, pick_PG[..., None], axis=2)[..., 0]
+        base = self.point(scored)
+        return self.point(
+            scored, choice_PG, method=method, weights=weights, n=n, kl=base.kl + best_of_n_kl(n), cost=n * base.cost, tokens_per_s=None
+        )
+
+    def resampled(self, scored: Scored, weights: tuple[float, ...], beta: float) -> Point:
+        """One draw per prompt from softmax(score / beta) over all its samples."""
+        rows_PS = scored.by_prompt(self.prompt_ids)
+        score = linear(self._z(scored)[:, : len(self.objectives)], weights)[rows_PS]
+        pick = resample(score, beta, [scored.rollouts[i].seed for i in rows_PS[:, 0]])
+        n = rows_PS.shape[1]
+        choice_PG = np.take_along_axis(rows_PS, pick[:, None], axis=1)
+        return self.point(
+            scored, choice_PG, method="resampling", weights=weights, n=n, kl=resampling_kl(score, beta), cost=float(n), tokens_per_s=None
+        )
+
+    def _groups(self, scored: Scored, n: int) -> np.ndarray:
+        rows_PS = scored.by_prompt(self.prompt_ids)
+        groups = rows_PS.shape[1] // n
+        if groups < 1:
+            raise UserError(f"best-of-{n} needs {n} samples per prompt, the sweep has {rows_PS.shape[1]}")
+        return rows_PS[:, : groups * n].reshape(len(rows_PS), groups, n)
+
+    def row(self, point: Point) -> dict[str, Any]:
+        """A point as the report's table has it."""
+        split = len(self.objectives)
+        means = [self._interval(point.z_PK[:, k]) for k in range(point.z_PK.shape[1])]
+        gains = [self._gain(point, k) for k in range(point.z_PK.shape[1])]
+        return {
+            "method": point.method,
+            "label": f"{point.method} {weight_label(self.objectives, point.weights)}",
+            "weights": point.weights,
+            "n_candidates": point.n,
+            "reward": means[:split],
+            "judge": means[split:],
+            "gain": gains[:split],
+            "judge_gain": gains[split:],
+            "words": point.words,
+            "refusals": point.refusals,
+            "truncated": point.truncated,
+            "kl": point.kl,
+            "kl_floor": point.kl_floor,
+            "cost": point.cost,
+            "tokens_per_s": point.tokens_per_s,
+            "n": point.responses,
+            "n_unscored": point.unscored,
+            "source": point.source,
+        }
+
+    def _interval(self, values_P: np.ndarray) -> dict[str, float]:
+        return dict(zip(("mean", "lo", "hi"), mean_interval(values_P, self.indices), strict=True))
+
+    def _gain(self, point: Point, k: int) -> dict[str, float]:
+        return dict(zip(("mean", "lo", "hi"), paired_interval(point.z_PK[:, k], self.reference.z_PK[:, k], self.indices), strict=True))
+
+    def hypervolume(self, points: Sequence[Point], method: str, ref_point: Sequence[float]) -> dict[str, Any]:
+        """Hypervolume of a method's points at one cost, with its interval over prompts."""
+        split = len(self.objectives)
+        z_WPK = np.stack([p.z_PK[:, :split] for p in points])
+        value, low, high = hypervolume_interval(z_WPK, ref_point, self.indices)
+        return {"method": method, "cost": float(np.mean([p.cost for p in points])), "value": value, "lo": low, "hi": high, "points": len(points)}
+
+    def compare(self, point: Point, other_P: np.ndarray, k: int, **labels: Any) -> dict[str, Any]:
+        """Paired difference of objective k between a point and another's per-prompt means."""
+        mine = point.z_PK[:, k]
+        difference = dict(zip(("mean", "lo", "hi"), paired_interval(mine, other_P, self.indices), strict=True))
+        return {
+            "objective": self.objectives[k],
+            "difference": difference,
+            "p": permutation_pvalue(mine, other_P, 10000, self.seed),
+            **labels,
+        }
+
+
+def at_kl(points: Sequence[Point], kl: float, k: int) -> np.ndarray:
+    """Per-prompt means of objective k at a KL between two points, by linear interpolation in KL; the last one's beyond."""
+    ordered = sorted(points, key=lambda p: p.kl)
+    if kl >= ordered[-1].kl:
+        return ordered[-1].z_PK[:, k]
+    for low, high in zip(ordered[:-1], ordered[1:], strict=True):
+        if low.kl <= kl <= high.kl:
+            share = (kl - low.kl) / max(high.kl - low.kl, 1e-12)
+            return (1 - share) * low.z_PK[:, k] + share * high.z_PK[:, k]
+    return ordered[0].z_PK[:, k]
+
+
+def _nanmean(z_PSK: np.ndarray) -> np.ndarray:
+    """Mean over a prompt's samples, unscored ones left out; NaN where none is scored."""
+    scored = np.isfinite(z_PSK)
+    count = scored.sum(axis=1)
+    total = np.where(scored, z_PSK, 0.0).sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
