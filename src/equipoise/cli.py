@@ -1,0 +1,121 @@
+"""The command line: `equipoise COMMAND --config recipe.yaml --key value`.
+
+Exit codes: 0 done, 2 bad input (one line that names it), 1 a bug (a traceback). Nothing heavy is imported before a
+command runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# command -> (module, config class, function, one line); two-word commands have a space
+COMMANDS = {
+    "demo": ("equipoise.demo", "Demo", "demo", "the main job: steer a real model between real objectives, and report it"),
+    "data": ("equipoise.inspect_data", "Data", "data", "show and check prompts or preference pairs"),
+    "sample": ("equipoise.stages", "Sample", "sample", "sample responses, plain or steered"),
+    "score": ("equipoise.stages", "Score", "score", "score sampled responses on every objective"),
+    "train reward_head": ("equipoise.stages", "TrainRewardHead", "train_reward_head", "a linear Bradley-Terry reward on frozen features"),
+    "train value": ("equipoise.stages", "TrainValue", "train_value", "value heads that steer decoding (MAVIS)"),
+    "sweep": ("equipoise.stages", "Sweep", "sweep", "steer along the whole trade-off on held-out prompts"),
+    "evaluate": ("equipoise.stages", "Evaluate", "evaluate", "fronts, intervals and comparisons of a sweep"),
+    "report": ("equipoise.stages", "Report", "report", "draw an evaluation as one self-contained page"),
+    "doctor": ("equipoise.doctor", "Doctor", "doctor", "versions, devices, embedded models, and what is missing"),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = ["usage: equipoise COMMAND [--config RECIPE.yaml] [--KEY VALUE ...]", "", "commands:"]
+    lines += [f"  {name:<18} {row[3]}" for name, row in COMMANDS.items()]
+    lines += ["", "`equipoise COMMAND --help` lists a command's settings."]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    from equipoise.types import UserError
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(usage())
+            return 0
+        if words[0] in ("-V", "--version"):
+            from importlib.metadata import version
+
+            print(version("equipoise"))
+            return 0
+        name, rest = _command(words)
+        config, function = _parse(name, rest)
+        result = function(config)
+        if result is not None:
+            print(result)
+    except UserError as error:
+        print(f"equipoise: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("equipoise: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def _command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that the words begin with, and the rest."""
+    from equipoise.types import UserError
+
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name, list(words[length:])
+    asked = " ".join(words[:2]) if words[0] == "train" else words[0]
+    near = difflib.get_close_matches(asked, COMMANDS, n=1, cutoff=0.5)
+    raise UserError(f"unknown command {asked!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(COMMANDS)}"))
+
+
+def _parse(name: str, words: Sequence[str]) -> tuple[Any, Any]:
+    """The command's config and function."""
+    from jsonargparse import ArgumentParser
+    from jsonargparse.util import ArgumentError  # type: ignore[attr-defined]
+
+    from equipoise.types import UserError
+
+    module_name, config_name, function_name, description = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    config_class = getattr(module, config_name)
+    parser = ArgumentParser(prog=f"equipoise {name}", description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a recipe (YAML); the command line goes on top of it")
+    parser.add_class_arguments(config_class, None)
+    try:
+        parsed = parser.parse_args(list(words))
+        made = parser.instantiate_classes(parsed)
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        raise UserError(_explain(str(error), name, _keys(parser))) from None
+    settings = {k: v for k, v in vars(made).items() if k not in ("config", "__default_config__")}
+    return config_class(**settings), getattr(module, function_name)
+
+
+def _keys(parser: Any) -> list[str]:
+    """Every key the command knows, dotted."""
+    return [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+
+
+def _explain(message: str, name: str, keys: Sequence[str]) -> str:
+    """One line; an unknown key with its nearest known one."""
+    line = " ".join(message.split())
+    found = re.search(r"[Kk]ey \"?'?([\w.]+)'?\"? is not expected|[Uu]nrecognized arguments: -*([\w.]+)|[Uu]nexpected.*?key[s]?:? '?([\w.]+)'?", line)
+    if found:
+        key = next(g for g in found.groups() if g)
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4) or difflib.get_close_matches(key.split(".")[-1], keys, n=1, cutoff=0.4)
+        return f"{name} has no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(keys)}")
+    return line[:600]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
