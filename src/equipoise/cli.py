@@ -27,6 +27,13 @@ COMMANDS = {
     "doctor": ("equipoise.doctor", "Doctor", "doctor", "versions, devices, embedded models, and what is missing"),
 }
 
+# The three ways in which jsonargparse says that it doesn't know a key.
+_UNKNOWN_KEY = re.compile(
+    r"[Kk]ey \"?'?([\w.]+)'?\"? is not expected"
+    r"|[Uu]nrecognized arguments: -*([\w.]+)"
+    r"|[Uu]nexpected.*?key[s]?:? '?([\w.]+)'?"
+)
+
 
 def usage() -> str:
     """The list of commands."""
@@ -56,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result is not None:
             print(result)
     except UserError as error:
-        print(f"equipoise: {error}", file=sys.stderr)
+        print("equipoise:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("equipoise: interrupted; run the same command again to continue", file=sys.stderr)
@@ -82,7 +89,7 @@ def _command(words: Sequence[str]) -> tuple[str, list[str]]:
 def _parse(name: str, words: Sequence[str]) -> tuple[Any, Any]:
     """The command's config and function."""
     from jsonargparse import ArgumentParser
-    from jsonargparse.util import ArgumentError  # type: ignore[attr-defined]
+    from jsonargparse.util import ArgumentError
 
     from equipoise.types import UserError
 
@@ -109,7 +116,7 @@ def _keys(parser: Any) -> list[str]:
 def _explain(message: str, name: str, keys: Sequence[str]) -> str:
     """One line; an unknown key with its nearest known one."""
     line = " ".join(message.split())
-    found = re.search(r"[Kk]ey \"?'?([\w.]+)'?\"? is not expected|[Uu]nrecognized arguments: -*([\w.]+)|[Uu]nexpected.*?key[s]?:? '?([\w.]+)'?", line)
+    found = _UNKNOWN_KEY.search(line)
     if found:
         key = next(g for g in found.groups() if g)
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4) or difflib.get_close_matches(key.split(".")[-1], keys, n=1, cutoff=0.4)

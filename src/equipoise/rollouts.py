@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from equipoise.runs import write_atomic
 from equipoise.types import Prompt, Request, Rollout, Sampler, UserError
@@ -75,12 +75,17 @@ def read_shard(path: Path) -> list[Rollout]:
     try:
         rows = pq.read_table(path, columns=_COLUMNS).to_pylist()
     except (pa.ArrowException, OSError, KeyError) as error:
-        first = str(error).splitlines()[0][:120]
+        reason = str(error).rpartition("': ")[2]
         raise UserError(
-            f"{path} is damaged or not a rollout shard ({first}); delete it and run `sample` again: it alone is redone"
+            f"{path} is damaged or not a rollout shard ({reason}); delete it and run `sample` again: it alone is redone"
         ) from None
-    sequences = ("tokens", "logprobs", "ref_logprobs", "weights")
-    return [Rollout(**{k: tuple(v) if k in sequences and v is not None else v for k, v in row.items()}) for row in rows]
+    return [_rollout(row) for row in rows]
+
+
+def _rollout(row: Mapping[str, Any]) -> Rollout:
+    """A rollout from a row of its shard, whose lists become tuples again."""
+    columns: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return Rollout(**columns)
 
 
 def read_rollouts(folder: Path) -> list[Rollout]:

@@ -29,9 +29,12 @@ def digest_of(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """SHA-256 of a file's bytes. Raises `UserError` where there is none."""
+    try:
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}; run the stage that writes it to its end") from None
 
 
 def rollouts_digest(rollouts: Sequence[Rollout]) -> str:
@@ -42,11 +45,13 @@ def rollouts_digest(rollouts: Sequence[Rollout]) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk and rename it; on failure nothing is left.
 
     Raises `UserError` naming the file where the disk is full or the folder can't be written.
     """
+    from safetensors import SafetensorError  # what it raises on a full disk is no OSError
+
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +59,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         with open(scratch, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(scratch, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"could not write {path} ({reason}); what was finished before is kept: make room and run again") from None
     finally:
         with contextlib.suppress(OSError):
@@ -64,7 +69,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """`write_atomic` for text."""
-    write_atomic(path, lambda scratch: scratch.write_text(text, encoding="utf-8") and None)
+    write_atomic(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,7 +83,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run the stage that writes it again") from None
 
 
@@ -132,6 +137,7 @@ class Manifest:
 
     @property
     def path(self) -> Path:
+        """Where the manifest is written."""
         return self.folder / "manifest.json"
 
     @property
@@ -143,6 +149,7 @@ class Manifest:
         return all((self.folder / n).exists() and file_digest(self.folder / n) == digest for n, digest in outputs.items())
 
     def identity(self) -> dict[str, Any]:
+        """What must be equal for a stage to be continued."""
         return {"command": self.command, "config": self.config, "parents": self.parents}
 
     def check(self) -> None:
@@ -154,9 +161,8 @@ class Manifest:
             earlier = read_json(path)
             for key, value in self.identity().items():
                 if earlier.get(key) != value:
-                    raise UserError(
-                        f"{self.folder} holds a run with another {_difference(key, earlier.get(key), value)}; choose another folder or delete it"
-                    )
+                    other = _difference(key, earlier.get(key), value)
+                    raise UserError(f"{self.folder} holds a run with another {other}; choose another folder or delete it")
 
     def finish(self) -> None:
         """Write the manifest. It is a parent of later stages, so a finished one is left byte for byte as it was."""

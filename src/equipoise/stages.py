@@ -281,7 +281,7 @@ def sweep(config: Sweep) -> Path:
         rewards = load_rewards([*config.rewards, *config.judges], lm)
         grid = simplex_grid(len(heads.objectives), config.steps)
         few = prompts[:: max(1, len(prompts) // config.prefix_prompts)][: config.prefix_prompts] if config.prefix_prompts else []
-        plan = [("reference", None, prompts, config.reference_samples)]
+        plan: list[tuple[str, tuple[float, ...] | None, list[Prompt], int]] = [("reference", None, prompts, config.reference_samples)]
         plan += [("single-pass", w, prompts, config.samples) for w in grid]
         plan += [("prefix", w, few, 1) for w in grid if few and max(w) == 1.0]
         with bar(f"sweeping {len(plan)} points on {len(prompts)} unseen prompts", sum(len(p) * n for _, _, p, n in plan)) as advance:

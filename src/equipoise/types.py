@@ -88,7 +88,7 @@ class Rollout:
     weights: tuple[float, ...] | None
     seed: int
     base_forwards: int
-    """Tokens that went through the policy's backbone for this response, prompt included."""
+    """Tokens through the policy's backbone for this response; the prompt counts in each, though samples may share its run."""
     guide_forwards: int = 0
     """Tokens that went through a backbone only to score candidates."""
     parent_id: str | None = None
@@ -138,7 +138,9 @@ class Sampler(Protocol):
 
     objectives: tuple[str, ...]
 
-    def __call__(self, requests: Sequence[Request]) -> list[Rollout]: ...
+    def __call__(self, requests: Sequence[Request]) -> list[Rollout]:
+        """One rollout per request, in order."""
+        ...
 
 
 class Reward(Protocol):
@@ -146,4 +148,6 @@ class Reward(Protocol):
 
     name: str
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray: ...
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+        """Scores of the N responses, [N]."""
+        ...

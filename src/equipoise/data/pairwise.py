@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from pathlib import Path
 
 from equipoise.types import Message, Pair, Prompt, UserError
@@ -15,7 +16,8 @@ _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 def parse_hh_dialogue(text: str) -> tuple[tuple[Message, ...], str]:
     """Split an HH-RLHF dialogue into the messages before its last assistant turn, and that turn's text.
 
-    Raises `ValueError` where the dialogue does not alternate or does not end with an assistant turn.
+    Turns of one speaker that follow each other, as a few rows have them, stay apart. Raises `UserError` where the first
+    turn isn't the human's or the last one isn't the assistant's.
     """
     parts = _TURN.split(text)
     roles, contents = parts[1::2], [c.strip() for c in parts[2::2]]
@@ -27,26 +29,31 @@ def parse_hh_dialogue(text: str) -> tuple[tuple[Message, ...], str]:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file, gzipped or not. Raises `ValueError` naming the line that does not parse."""
+    """Rows of a JSON-lines file, gzipped or not. Raises `UserError` naming the line that does not parse."""
     opener = gzip.open if path.suffix == ".gz" else open
-    rows = []
+    rows, number = [], 0
     try:
         with opener(path, "rt", encoding="utf-8") as handle:
-            for line in handle:
+            for number, line in enumerate(handle, 1):
                 if line.strip():
                     rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise UserError(f"{path}: line {number} is not a JSON object")
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: line {len(rows) + 1} is not JSON or the file is truncated ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {number} is not JSON ({error})") from None
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{path} is damaged or truncated after line {number} ({error}); fetch it again") from None
     return rows
 
 
 def hh_rlhf(path: Path, objective: str) -> list[Pair]:
     """Pairs of an HH-RLHF file (`chosen`, `rejected`: whole dialogues that share a prefix).
 
-    Rows whose last turn is empty, equal in both, or whose prefixes differ are left out. The prompt's id is the row
-    number of the first row with the same conversation, so equal prompts share an id and a split by prompt is clean.
+    Rows that are no such dialogues, whose last turn is empty, equal in both, or whose prefixes differ are left out. The
+    prompt's id is the row number of the first row with the same conversation, so equal prompts share an id and a split by
+    prompt is clean.
     """
     pairs: list[Pair] = []
     first_seen: dict[str, str] = {}
@@ -56,7 +63,7 @@ def hh_rlhf(path: Path, objective: str) -> list[Pair]:
             other, rejected = parse_hh_dialogue(row["rejected"])
         except KeyError as missing:
             raise UserError(f"{path}: row {index + 1} has no column {missing}; HH-RLHF files have chosen and rejected") from None
-        except ValueError:
+        except (UserError, TypeError):
             continue
         if messages != other or not chosen or not rejected or chosen == rejected:
             continue
@@ -75,6 +82,9 @@ def moderation(path: Path, objective: str) -> list[Pair]:
     judged as they stand.
     """
     rows = read_jsonl(path)
+    for index, row in enumerate(rows):
+        if not isinstance(row.get("prompt"), str):
+            raise UserError(f"{path}: row {index + 1} has no text `prompt`; the moderation set has prompt and one flag per harm")
     flags = [[v for k, v in row.items() if k != "prompt" and v is not None] for row in rows]
     harmful = [row["prompt"] for row, flag in zip(rows, flags, strict=True) if any(flag)]
     clean = [row["prompt"] for row, flag in zip(rows, flags, strict=True) if flag and not any(flag)]

@@ -37,7 +37,10 @@ def _prompt(row: dict, index: int, path: Path) -> Prompt:
     if isinstance(text, str) and text.strip():
         messages: tuple[Message, ...] = (Message(role="user", content=text),)
     elif isinstance(row.get("messages"), list) and row["messages"]:
-        messages = tuple(Message(role=m["role"], content=m["content"]) for m in row["messages"])
+        try:
+            messages = tuple(Message(role=str(m["role"]), content=str(m["content"])) for m in row["messages"])
+        except (KeyError, TypeError):
+            raise UserError(f"{path}: row {index + 1} has messages without role and content") from None
     else:
         raise UserError(f"{path}: row {index + 1} has no non-empty prompt, text or messages")
     return Prompt(id=str(row.get("id", f"row-{index:05d}")), messages=messages, split=str(row.get("split", "")))
@@ -47,8 +50,11 @@ def split(prompts: Sequence[Prompt], name: str, every: int = 3) -> list[Prompt]:
     """The prompts of one split: the file's own labels where it has them, else every third prompt is "test".
 
     Splits go by prompt and never by random numbers or hashes of the text, so that they don't move between versions.
+    Raises `UserError` for a split other than train and test where there are no labels.
     """
     if any(p.split for p in prompts):
         return [p for p in prompts if p.split == name]
+    if name not in ("train", "test"):
+        raise UserError(f"no split {name!r}: prompts without labels are split into train and test")
     test = [p for i, p in enumerate(prompts) if i % every == every - 1]
     return test if name == "test" else [p for i, p in enumerate(prompts) if i % every != every - 1]

@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from equipoise.models.generation import row_uniforms
 from equipoise.types import UserError
@@ -29,12 +30,12 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def best_of_n(score_PN: np.ndarray) -> np.ndarray:
+def best_of_n(score_PN: Float[np.ndarray, "P N"]) -> Int[np.ndarray, " P"]:
     """Index of each row's best scored candidate; 0 where none is scored."""
     return np.where(np.isfinite(score_PN), score_PN, -np.inf).argmax(axis=1)
 
 
-def resample(score_PN: np.ndarray, beta: float, seeds_P: Sequence[int]) -> np.ndarray:
+def resample(score_PN: Float[np.ndarray, "P N"], beta: float, seeds_P: Sequence[int]) -> Int[np.ndarray, " P"]:
     """A draw from softmax(score / beta) per row, by Gumbel-argmax with the row's seed. Raises `UserError` for beta <= 0."""
     if not beta > 0:
         raise UserError(f"beta must be positive, got {beta:g}")
@@ -43,7 +44,7 @@ def resample(score_PN: np.ndarray, beta: float, seeds_P: Sequence[int]) -> np.nd
     return np.where(np.isfinite(score_PN), score_PN / beta + gumbel_PN, -np.inf).argmax(axis=1)
 
 
-def resampling_probabilities(score_PN: np.ndarray, beta: float) -> np.ndarray:
+def resampling_probabilities(score_PN: Float[np.ndarray, "P N"], beta: float) -> Float[np.ndarray, "P N"]:
     """softmax(score / beta) over each row's scored candidates; uniform where none is scored."""
     scaled = np.where(np.isfinite(score_PN), score_PN / beta, -np.inf)
     top = scaled.max(axis=1, keepdims=True)
@@ -51,7 +52,7 @@ def resampling_probabilities(score_PN: np.ndarray, beta: float) -> np.ndarray:
     return weight / weight.sum(axis=1, keepdims=True)
 
 
-def resampling_kl(score_PN: np.ndarray, beta: float) -> float:
+def resampling_kl(score_PN: Float[np.ndarray, "P N"], beta: float) -> float:
     """mean_P sum_j p_j log(n p_j), nats: how far the choice moves the law of the candidates (at most log n)."""
     p = resampling_probabilities(score_PN, beta)
     return float(np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0) * p.shape[1]), 0.0).sum(axis=1).mean())

@@ -27,10 +27,12 @@ def evaluation_of(
     summary = Summary(reference, heads.normaliser, settings["n_boot"], settings["seed"])
     ours = [summary.point(s) for s in steered]
     best = {n: [summary.best_of(reference, w, n, "best-of-n") for w in grid] for n in settings["best_of"]}
-    both = {n: [summary.best_of(s, w, n, "guided best-of-n") for s, w in zip(steered, grid, strict=True)] for n in settings["guided_best_of"]}
+    weighted = list(zip(steered, grid, strict=True))
+    both = {n: [summary.best_of(s, w, n, "guided best-of-n") for s, w in weighted] for n in settings["guided_best_of"]}
     drawn = [summary.resampled(reference, w, settings["resampling_beta"]) for w in grid]
     prefix = _prefix(folder, heads, settings, grid)
-    points = [summary.reference, *ours, *(p for group in both.values() for p in group), *(p for group in best.values() for p in group), *drawn]
+    chosen = [p for groups in (both, best) for group in groups.values() for p in group]
+    points = [summary.reference, *ours, *chosen, *drawn]
     ref_point = [settings["ref_point"]] * len(heads.objectives)
     return {
         "title": "One model, steered between " + " and ".join(heads.objectives),
@@ -58,7 +60,8 @@ def _prefix(folder: Path, heads: ValueHeads, settings: Mapping[str, Any], grid: 
         asked = {r.prompt_id for r in scored.rollouts}
         reference = read_point(folder, "reference", None)
         keep = [i for i, r in enumerate(reference.rollouts) if r.prompt_id in asked]
-        few = Scored("reference", None, [reference.rollouts[i] for i in keep], reference.reward_NK[keep], reference.names, 0.0, reference.source)
+        rollouts = [reference.rollouts[i] for i in keep]
+        few = Scored("reference", None, rollouts, reference.reward_NK[keep], reference.names, 0.0, reference.source)
         summary = Summary(few, heads.normaliser, settings["n_boot"], settings["seed"])
         rows.append(summary.row(summary.point(scored)))
     return rows
@@ -77,7 +80,8 @@ def _hypervolumes(
     drawn: list[Point],
     ref_point: list[float],
 ) -> list[dict[str, Any]]:
-    rows = [summary.hypervolume([summary.reference], "reference (= best-of-1)", ref_point), summary.hypervolume(ours, "single-pass", ref_point)]
+    rows = [summary.hypervolume([summary.reference], "reference (= best-of-1)", ref_point)]
+    rows.append(summary.hypervolume(ours, "single-pass", ref_point))
     rows += [summary.hypervolume(points, f"best-of-{n}", ref_point) for n, points in best.items()]
     rows += [summary.hypervolume(points, f"guided best-of-{n}", ref_point) for n, points in both.items()]
     rows.append(summary.hypervolume(drawn, "resampling", ref_point))
@@ -119,7 +123,8 @@ def _examples(
             index = next(i for i, r in enumerate(scored.rollouts) if r.prompt_id == prompt_id)
             z = heads.normaliser(scored.reward_NK[index, :split])
             label = weight_label(heads.objectives, scored.weights)
-            responses.append({"label": label, "text": scored.rollouts[index].text, "reward": [None if np.isnan(v) else float(v) for v in z]})
+            reward = [None if np.isnan(v) else float(v) for v in z]
+            responses.append({"label": label, "text": scored.rollouts[index].text, "reward": reward})
         examples.append({"prompt_id": prompt_id, "prompt": by_id[prompt_id].text, "responses": responses})
     return examples
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Real
 
 from equipoise.types import UserError
 
@@ -20,7 +21,7 @@ _EXACT_FLIPS = 1 << 14
 _CHUNK = 1024
 
 
-def dominates(a_K: np.ndarray, b_K: np.ndarray) -> bool:
+def dominates(a_K: Real[np.ndarray, " K"], b_K: Real[np.ndarray, " K"]) -> bool:
     """Whether `a` is at least `b` on every objective and above it on one; a NaN on either side dominates nothing."""
     a, b = np.asarray(a_K, dtype=np.float64), np.asarray(b_K, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
@@ -28,7 +29,7 @@ def dominates(a_K: np.ndarray, b_K: np.ndarray) -> bool:
     return bool(np.all(a >= b) and np.any(a > b))
 
 
-def non_dominated(points_NK: np.ndarray) -> np.ndarray:
+def non_dominated(points_NK: Real[np.ndarray, "N K"]) -> Bool[np.ndarray, " N"]:
     """Mask [N] of the rows that no other row dominates; equal rows are both kept, rows with a NaN never."""
     import moocore
 
@@ -40,7 +41,7 @@ def non_dominated(points_NK: np.ndarray) -> np.ndarray:
     return mask
 
 
-def hypervolume(points_NK: np.ndarray, ref_point_K: Sequence[float] | np.ndarray) -> float:
+def hypervolume(points_NK: Real[np.ndarray, "N K"], ref_point_K: Sequence[float] | Real[np.ndarray, " K"]) -> float:
     """Volume that is dominated by the points and lies above the reference point.
 
         HV = vol( union_n { z : ref_point <= z <= points_n } )
@@ -59,7 +60,7 @@ def hypervolume(points_NK: np.ndarray, ref_point_K: Sequence[float] | np.ndarray
     return float(moocore.hypervolume(above, ref=ref_point, maximise=True)) if len(above) else 0.0
 
 
-def prompt_means(reward_NK: np.ndarray, prompt_ids: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+def prompt_means(reward_NK: Real[np.ndarray, "N K"], prompt_ids: Sequence[str]) -> tuple[tuple[str, ...], Float[np.ndarray, "P K"]]:
     """Mean over the scored responses of each prompt: (ids, mean_PK), prompts in the order of their first response.
 
     A prompt without a scored response has NaN. Raises `UserError` where ids and rows differ in number.
@@ -76,7 +77,7 @@ def prompt_means(reward_NK: np.ndarray, prompt_ids: Sequence[str]) -> tuple[tupl
     return tuple(rows), _divide(total, count)
 
 
-def bootstrap_indices(n_prompts: int, n_boot: int, seed: int) -> np.ndarray:
+def bootstrap_indices(n_prompts: int, n_boot: int, seed: int) -> Int[np.ndarray, "{n_boot} {n_prompts}"]:
     """Prompts drawn with replacement, int64 [n_boot, P]: one table serves every point, so that differences are paired."""
     if n_prompts < 2:
         raise UserError(f"an interval over prompts needs at least 2 prompts, got {n_prompts}")
@@ -85,7 +86,9 @@ def bootstrap_indices(n_prompts: int, n_boot: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n_prompts, size=(n_boot, n_prompts), dtype=np.int64)
 
 
-def mean_interval(values_P: np.ndarray, indices: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(
+    values_P: Real[np.ndarray, " P"], indices: Int[np.ndarray, "n_boot P"], level: float = 0.95
+) -> tuple[float, float, float]:
     """(mean, lo, hi): the mean over scored prompts and its percentile interval over the resamples `indices` [n_boot, P].
 
     Raises `UserError` where fewer than 2 prompts are scored or the table is for another number of prompts.
@@ -97,13 +100,18 @@ def mean_interval(values_P: np.ndarray, indices: np.ndarray, level: float = 0.95
     return float(_mean(values, axis=0)), lo, hi
 
 
-def paired_interval(a_P: np.ndarray, b_P: np.ndarray, indices: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+def paired_interval(
+    a_P: Real[np.ndarray, " P"], b_P: Real[np.ndarray, " P"], indices: Int[np.ndarray, "n_boot P"], level: float = 0.95
+) -> tuple[float, float, float]:
     """(mean, lo, hi) of a - b on the same prompts; a prompt that either side left unscored is left out."""
     return mean_interval(_difference(a_P, b_P), indices, level)
 
 
 def hypervolume_interval(
-    reward_WPK: np.ndarray, ref_point_K: Sequence[float] | np.ndarray, indices: np.ndarray, level: float = 0.95
+    reward_WPK: Real[np.ndarray, "W P K"],
+    ref_point_K: Sequence[float] | Real[np.ndarray, " K"],
+    indices: Int[np.ndarray, "n_boot P"],
+    level: float = 0.95,
 ) -> tuple[float, float, float]:
     """(value, lo, hi) of the hypervolume of W points, each the mean over prompts; all points share the resampled prompts.
 
@@ -124,7 +132,7 @@ def hypervolume_interval(
     return value, *_percentiles(replicates, level)
 
 
-def permutation_pvalue(a_P: np.ndarray, b_P: np.ndarray, n: int, seed: int) -> float:
+def permutation_pvalue(a_P: Real[np.ndarray, " P"], b_P: Real[np.ndarray, " P"], n: int, seed: int) -> float:
     """Two-sided p of the paired sign-flip test that a - b is symmetric about 0.
 
         p = (1 + #{s : |mean s d| >= |mean d|}) / (n + 1),  d = a - b over the prompts both scored, s random signs
@@ -193,7 +201,7 @@ def _check_scored(values: np.ndarray, what: str) -> None:
         raise UserError(f"{what}: {found} of {len(values)} prompts are scored; an interval needs at least 2")
 
 
-def _divide(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+def _divide(total: np.ndarray | np.generic, count: np.ndarray | np.generic) -> np.ndarray:
     return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=np.asarray(count) > 0)
 
 

@@ -7,6 +7,7 @@ prompts. Best-of-n and resampling choose among the reference's own samples of ea
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,7 +161,8 @@ class Summary:
         split = len(self.objectives)
         z_WPK = np.stack([p.z_PK[:, :split] for p in points])
         value, low, high = hypervolume_interval(z_WPK, ref_point, self.indices)
-        return {"method": method, "cost": float(np.mean([p.cost for p in points])), "value": value, "lo": low, "hi": high, "points": len(points)}
+        cost = float(np.mean([p.cost for p in points]))
+        return {"method": method, "cost": cost, "value": value, "lo": low, "hi": high, "points": len(points)}
 
     def compare(self, point: Point, other_P: np.ndarray, k: int, **labels: Any) -> dict[str, Any]:
         """Paired difference of objective k between a point and another's per-prompt means."""
@@ -179,7 +181,7 @@ def at_kl(points: Sequence[Point], kl: float, k: int) -> np.ndarray:
     ordered = sorted(points, key=lambda p: p.kl)
     if kl >= ordered[-1].kl:
         return ordered[-1].z_PK[:, k]
-    for low, high in zip(ordered[:-1], ordered[1:], strict=True):
+    for low, high in itertools.pairwise(ordered):
         if low.kl <= kl <= high.kl:
             share = (kl - low.kl) / max(high.kl - low.kl, 1e-12)
             return (1 - share) * low.z_PK[:, k] + share * high.z_PK[:, k]

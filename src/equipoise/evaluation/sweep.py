@@ -77,5 +77,3 @@ def mean_cost(rollouts: Sequence[Rollout]) -> float:
 def tokens_per_second(point: Scored) -> float | None:
     """Response tokens per second of sampling, prompts included in the time."""
     return sum(len(r.tokens) for r in point.rollouts) / point.seconds if point.seconds > 0 else None
-
-

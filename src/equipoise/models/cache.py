@@ -30,6 +30,7 @@ class GrowingLayer(CacheLayerMixin):
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make room for `capacity` tokens, in the shape and type of the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._buffers = (self._room(key_states, self.capacity), self._room(value_states, self.capacity))
         self.is_initialized = True
@@ -40,6 +41,7 @@ class GrowingLayer(CacheLayerMixin):
         return like.new_empty((batch, heads, capacity, size))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the new tokens' keys and values and return all; the buffers double where the room runs out."""
         if self._buffers is None:
             self.capacity = max(self.capacity, key_states.shape[-2])
             self.lazy_initialization(key_states, value_states)
@@ -54,7 +56,8 @@ class GrowingLayer(CacheLayerMixin):
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = states
         self._resize(end)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def _resize(self, length: int) -> None:
@@ -79,12 +82,15 @@ class GrowingLayer(CacheLayerMixin):
         self._resize(start + 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns of the mask, offset of the first one) for `query_length` new tokens."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
+        """Tokens held."""
         return self.length
 
     def get_max_length(self) -> int:
+        """No limit, which transformers writes as -1."""
         return -1
 
 

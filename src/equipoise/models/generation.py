@@ -83,7 +83,9 @@ class Guide(Protocol):
     layers: tuple[int, ...]
     """Hidden states that `shift` reads."""
 
-    def shift(self, step: Step) -> torch.Tensor: ...
+    def shift(self, step: Step) -> torch.Tensor:
+        """Nats to add to each candidate's log-probability, [R, C]."""
+        ...
 
     def advance(self, step: Step, choice_R: torch.Tensor) -> dict[int, torch.Tensor] | None:
         """States after the chosen candidates where the guide already has them, else None."""
@@ -116,10 +118,12 @@ class Batch:
         from equipoise.models.cache import new_cache
 
         self.lm, self.layers = lm, tuple(layers)
-        width = max(len(p) for p in prompts)
-        ids = torch.zeros((len(prompts), width), dtype=torch.long)
-        mask = torch.zeros((len(prompts), width), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
+        # Samples of one prompt share its prefill; its keys are then copied to each of their rows.
+        unique = list(dict.fromkeys(tuple(p) for p in prompts))
+        width = max(len(p) for p in unique)
+        ids = torch.zeros((len(unique), width), dtype=torch.long)
+        mask = torch.zeros((len(unique), width), dtype=torch.long)
+        for row, prompt in enumerate(unique):
             ids[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.long)
             mask[row, width - len(prompt) :] = 1
         self.cache = new_cache(lm.model.config, width + room)
@@ -127,6 +131,9 @@ class Batch:
         self.lengths_R = self.mask_RT.sum(dim=1)
         positions = (self.mask_RT.cumsum(dim=1) - 1).clamp(min=0)
         self.states = self.run(ids.to(lm.device), self.mask_RT, positions)
+        if len(unique) < len(prompts):
+            place = {prompt: row for row, prompt in enumerate(unique)}
+            self.select(torch.tensor([place[tuple(p)] for p in prompts], device=lm.device))
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> dict[int, torch.Tensor]:
         """One forward over new tokens; returns the states of each row's last token (`layers` and the final one)."""
@@ -361,10 +368,14 @@ def whole_sentences(tokenizer: Any, tokens: Sequence[int]) -> int:
     decimal) doesn't count. Rewards of a text cut in mid-sentence say more about the cut than about the answer.
     """
     for count in range(len(tokens), 0, -1):
-        text = tokenizer.decode(tokens[:count], skip_special_tokens=True).rstrip()
-        if _SENTENCE_END.search(text):
+        if ends_sentence(tokenizer, tokens[:count]):
             return count
     return len(tokens)
+
+
+def ends_sentence(tokenizer: Any, tokens: Sequence[int]) -> bool:
+    """Whether the text of the tokens ends with a whole sentence."""
+    return bool(_SENTENCE_END.search(tokenizer.decode(tokens, skip_special_tokens=True).rstrip()))
 
 
 def _finish(row: _Row, lm: LanguageModel, guided: int, whole: bool) -> Rollout:

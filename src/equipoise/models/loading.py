@@ -45,10 +45,12 @@ class LanguageModel:
 
     @property
     def hidden_size(self) -> int:
+        """D, the width of a hidden state."""
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def num_layers(self) -> int:
+        """Layers of the backbone; as an index, the state after the final norm."""
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
@@ -58,6 +60,7 @@ class LanguageModel:
 
     @property
     def device(self) -> Any:
+        """Where the parameters are."""
         return next(self.model.parameters()).device
 
 

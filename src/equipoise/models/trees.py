@@ -80,9 +80,10 @@ def tree_states(
     """
     import torch
 
-    deepest = max(layers)
-    full = deepest == lm.num_layers
-    backbone = lm.backbone if full else early_exit(lm.backbone, deepest)
+    # Only one layer alone exits early: the hooks by which transformers records several stay on the layers, which are shared.
+    several = len(set(layers)) > 1
+    deepest = lm.num_layers if several else max(layers)
+    backbone = lm.backbone if deepest == lm.num_layers else early_exit(lm.backbone, deepest)
     out: list[np.ndarray | None] = [None] * len(trees)
     for batch in _batches([len(t) for t in trees], tokens_per_batch):
         ids, mask, positions = _collate([trees[i] for i in batch])
@@ -92,7 +93,7 @@ def tree_states(
                 attention_mask=mask.to(lm.device),
                 position_ids=positions.to(lm.device),
                 use_cache=False,
-                output_hidden_states=len(layers) > 1 or not full,
+                output_hidden_states=several,
             )
             for row, index in enumerate(batch):
                 wanted = torch.as_tensor(trees[index].wanted, dtype=torch.long, device=lm.device)

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float, Real
 
 from equipoise.objectives import Normaliser
 from equipoise.runs import write_atomic
 from equipoise.types import UserError
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
+else:
+    Tensor = Any  # importing torch here would slow every --help down; under jaxtyping's hook the axes are checked, not the class
 
 FORMS = ("single-pass", "prefix")
 
@@ -31,9 +34,9 @@ FORMS = ("single-pass", "prefix")
 class Calibration:
     """Tilts at states of the reference, from which a beta for a KL budget is solved without sampling."""
 
-    logprobs_SC: np.ndarray
+    logprobs_SC: Float[np.ndarray, "S C"]
     """log pi_ref restricted to the candidates."""
-    q_SCK: np.ndarray
+    q_SCK: Float[np.ndarray, "S C K"]
     steps: float
     """Mean number of steps of a response."""
 
@@ -77,6 +80,7 @@ class ValueHeads:
 
     @property
     def objectives(self) -> tuple[str, ...]:
+        """Names of the K objectives, in the order of the weights."""
         return self.normaliser.objectives
 
     def save(self, path: Path) -> None:
@@ -128,14 +132,18 @@ class ValueHeads:
         )
 
 
-def position_feature(position: torch.Tensor, horizon: int) -> torch.Tensor:
+def position_feature(position: Real[Tensor, " S"], horizon: int) -> Float[Tensor, " S"]:
     """p = 2 t / horizon - 1, at most 1."""
     return (2.0 * position.float() / horizon - 1.0).clamp(max=1.0)
 
 
 def state_features(
-    states_SI: torch.Tensor, position_S: torch.Tensor, mean_I: torch.Tensor, whiten_IM: torch.Tensor, horizon: int
-) -> torch.Tensor:
+    states_SI: Float[Tensor, "S I"],
+    position_S: Real[Tensor, " S"],
+    mean_I: Float[Tensor, " I"],
+    whiten_IM: Float[Tensor, "I M"],
+    horizon: int,
+) -> Float[Tensor, "S M+3"]:
     """x(s) = [1, (h - mean) whiten, p, p^2], [S, M + 3]."""
     import torch
 

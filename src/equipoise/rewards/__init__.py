@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ REWARDS = {
     "diverse": ("text", "product of distinct n-gram shares, n = 2..4"),
     "unrepetitive": ("text", "minus the share of repeated 4-grams"),
     "relevant": ("embedding", "cosine of prompt and response in static embeddings"),
+    "relevant:minilm": ("embedding", "the same in MiniLM's sentence vectors"),
     "fluent": ("grammar", "mean probability that a grammar tagger keeps the token"),
     "head:PATH": ("heads", "a head trained by `equipoise train reward_head`"),
     "classifier:ID[#LABEL]": ("classifier", "any sequence classifier, label by name"),
@@ -33,8 +34,8 @@ REWARDS = {
 def load_rewards(names: Sequence[str], lm: LanguageModel | None) -> list[Reward]:
     """The scorers of these names, in this order; heads on the same layer share its forward.
 
-    `objective=head:PATH` or `objective=classifier:ID` names the objective; otherwise it takes the scorer's name. Raises
-    `UserError` naming an unknown reward and the known ones.
+    `objective=SCORER`, for example `safe=classifier:ID`, names the objective; otherwise it takes the scorer's name. Raises
+    `UserError` naming an unknown reward and the known ones, or an objective that is named twice.
     """
     shared: dict[str, Featuriser] = {}
 
@@ -47,32 +48,29 @@ def load_rewards(names: Sequence[str], lm: LanguageModel | None) -> list[Reward]
 
     rewards = []
     for entry in names:
-        alias, _, spec = entry.rpartition("=") if "=" in entry.split(":", 1)[0] else ("", "", entry)
-        rewards.append(_load(spec, alias or spec, featurisers))
+        alias, _, spec = entry.partition("=") if "=" in entry.split(":", 1)[0] else (entry, "", entry)
+        if not alias and spec:
+            raise UserError(f"the reward {entry!r} has no name: write objective=SCORER or SCORER")
+        reward = _load(spec, featurisers)
+        reward.name = alias
+        rewards.append(reward)
     duplicates = {r.name for r in rewards if sum(o.name == r.name for o in rewards) > 1}
     if duplicates:
         raise UserError(f"objective {sorted(duplicates)[0]!r} is named twice")
     return rewards
 
 
-def _load(spec: str, name: str, featurisers: object) -> Reward:
+def _load(spec: str, featurisers: Callable[[str], Featuriser]) -> Reward:
     from equipoise.rewards import classifier, embedding, grammar, heads, text
 
-    kind = REWARDS.get(spec, ("", ""))[0]
-    reward: Reward
     if spec.startswith("head:"):
-        reward = heads.load_head(name, Path(spec[5:]).expanduser(), featurisers)  # type: ignore[arg-type]
-    elif spec.startswith("classifier:"):
-        reward = classifier.load(spec)
-        reward.name = name
-    elif kind == "heads":
-        reward = heads.load_head(name, heads.FOLDER / f"{spec}.safetensors", featurisers)  # type: ignore[arg-type]
-    elif kind == "text":
-        reward = text.load(spec)
-    elif kind == "embedding":
-        reward = embedding.load(spec)
-    elif kind == "grammar":
-        reward = grammar.load(spec)
-    else:
+        return heads.load_head(spec, Path(spec[5:]).expanduser(), featurisers)
+    if spec.startswith("classifier:"):
+        return classifier.load(spec)
+    kind = REWARDS.get(spec, ("", ""))[0]
+    if kind == "heads":
+        return heads.load_head(spec, heads.FOLDER / f"{spec}.safetensors", featurisers)
+    loaders: dict[str, Callable[[str], Reward]] = {"text": text.load, "embedding": embedding.load, "grammar": grammar.load}
+    if kind not in loaders:
         raise UserError(f"unknown reward {spec!r}; known: {', '.join(REWARDS)}")
-    return reward
+    return loaders[kind](spec)

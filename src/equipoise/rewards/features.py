@@ -28,17 +28,17 @@ class Featuriser(Protocol):
 
     name: str
 
-    def __call__(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], progress: Callable[[int], None] | None = None
-    ) -> np.ndarray: ...
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """One row per response; `progress` is told of units of work."""
+        ...
 
 
 class StateFeatures:
     """Hidden state after `layer` layers: at the token that closes the turn, or its mean over the response's tokens.
 
     Responses to the same prompt share its forward. The prompt keeps its last 256 tokens, the response its first 255 and
-    the closing token; what was cut is counted in `n_truncated`. States are remembered by text, so that several heads on
-    one layer cost one forward.
+    the closing token; what was cut is counted in `n_truncated`. The last call's states are remembered, so that several heads
+    on one layer cost one forward; earlier ones are not, so that a call's last bits don't depend on what came before it.
     """
 
     def __init__(self, lm: LanguageModel, layer: int, *, mean: bool = False) -> None:
@@ -47,27 +47,34 @@ class StateFeatures:
             raise UserError(f"{self.name}: {lm.name} has layers 1 to {lm.num_layers}")
         self.lm, self.layer, self.mean = lm, layer, mean
         self.n_truncated = 0
-        self._memo: dict[str, np.ndarray] = {}
+        self._last: tuple[list[str], np.ndarray] = ([], np.zeros((0, lm.hidden_size), dtype=np.float32))
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """The state of each response, [N, D]; the texts of the last call are not run again."""
         keys = [_text_key(p, r) for p, r in zip(prompts, responses, strict=True)]
-        missing: dict[str, tuple[Prompt, str]] = {
-            key: (p, r) for key, p, r in zip(keys, prompts, responses, strict=True) if key not in self._memo
-        }
-        trees, owners = self._trees(missing)
+        if keys != self._last[0]:
+            self._last = keys, self._encode(keys, prompts, responses, progress)
+        return self._last[1]
+
+    def _encode(
+        self, keys: list[str], prompts: Sequence[Prompt], responses: Sequence[str], progress: Callable[[int], None] | None
+    ) -> np.ndarray:
+        trees, owners = self._trees(dict(zip(keys, zip(prompts, responses, strict=True), strict=True)))
+        found: dict[str, np.ndarray] = {}
         for states, owner in zip(tree_states(self.lm, trees, [self.layer], progress=progress), owners, strict=True):
             start = 0
             for key, count in owner:
-                self._memo[key] = states[start : start + count, 0].mean(axis=0)
+                found[key] = states[start : start + count, 0].mean(axis=0)
                 start += count
-        size = self.lm.hidden_size
-        return np.stack([self._memo[key] for key in keys]) if keys else np.zeros((0, size), dtype=np.float32)
+        out_ND = np.stack([found[key] for key in keys]) if keys else np.zeros((0, self.lm.hidden_size), dtype=np.float32)
+        out_ND.flags.writeable = False  # it is handed out again
+        return out_ND
 
-    def _trees(self, missing: dict[str, tuple[Prompt, str]]) -> tuple[list[TokenTree], list[list[tuple[str, int]]]]:
+    def _trees(self, texts: dict[str, tuple[Prompt, str]]) -> tuple[list[TokenTree], list[list[tuple[str, int]]]]:
         """One tree per prompt, split where its responses are long; and (text, number of wanted states) in its order."""
         trees: dict[tuple[str, int], tuple[TokenTree, list[tuple[str, int]], list[int]]] = {}
         part: dict[str, int] = {}
-        for key, (prompt, response) in missing.items():
+        for key, (prompt, response) in texts.items():
             prompt_key = json.dumps(prompt.messages)
             tail = response_ids(self.lm.tokenizer, response)
             at = (prompt_key, part.setdefault(prompt_key, 0))
@@ -96,6 +103,7 @@ class SurfaceFeatures:
     name = "surface"
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """The six numbers of each response, [N, 6]; the prompts are not read."""
         from equipoise.rewards.text import is_refusal, word_count
 
         rows = [
@@ -122,6 +130,7 @@ class EmbeddingFeatures:
         self._embed = (StaticEmbedder() if name == "wordllama" else MiniLM()).embed
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """[N, 2 D + 1]: vector, unit vector, cosine."""
         vectors, questions = self._embed(list(responses)), self._embed([p.text for p in prompts])
         unit = _unit(vectors)
         cosine = (unit * _unit(questions)).sum(axis=1, keepdims=True)
@@ -135,6 +144,7 @@ class JoinedFeatures:
         self.parts, self.name = tuple(parts), "+".join(p.name for p in parts)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """The parts' columns, in their order."""
         return np.concatenate([part(prompts, responses, progress) for part in self.parts], axis=1)
 
 

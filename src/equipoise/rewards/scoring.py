@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from equipoise.runs import rollouts_digest, write_atomic
 from equipoise.types import Prompt, Reward, Rewards, Rollout, UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def score(rewards: Sequence[Reward], prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout]) -> np.ndarray:
@@ -39,8 +43,11 @@ def _blame(reward: Reward, prompts: list[Prompt], texts: list[str], rollouts: Se
     for prompt, text, rollout in zip(prompts, texts, rollouts, strict=True):
         try:
             reward([prompt], [text])
-        except Exception as single:
-            return f"reward {reward.name!r} failed on rollout {rollout.id!r} ({type(single).__name__}: {single}); mend it and run again: finished shards are kept"
+        except Exception as single:  # noqa: BLE001 a scorer may raise anything, and its message goes to the user
+            return (
+                f"reward {reward.name!r} failed on rollout {rollout.id!r} ({type(single).__name__}: {single}); "
+                "mend it and run again: finished shards are kept"
+            )
     return f"reward {reward.name!r} failed on a batch of {len(texts)} but on none of them alone ({type(error).__name__}: {error})"
 
 
@@ -74,45 +81,49 @@ def score_shards(
     reward_NK = np.concatenate(parts) if parts else np.zeros((0, len(names)))
     for k, name in enumerate(names):
         if len(reward_NK) and not np.isfinite(reward_NK[:, k]).any():
-            raise UserError(f"reward {name!r} scored none of {len(reward_NK)} responses (all NaN): check its input")
+            raise UserError(
+                f"reward {name!r} scored none of {len(reward_NK)} responses (all NaN): mend it, delete the folder {folder} and score again"
+            )
     return Rewards(
         reward_NK=reward_NK, objectives=tuple(names), rollout_ids=tuple(r.id for r in rollouts), digest=rollouts_digest(rollouts)
     )
 
 
 def _read(path: Path, names: Sequence[str], digest: str) -> np.ndarray:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0][:120]}); delete it and run `score` again: it alone is redone"
-        ) from None
-    if (table.schema.metadata or {}).get(b"rollouts", b"").decode() != digest:
-        raise UserError(f"{path} holds scores of other rollouts; delete the folder {path.parent} and score again")
+    table = _table(path, digest)
     missing = [n for n in names if n not in table.column_names]
     if missing:
         raise UserError(f"{path} has no scores for {missing[0]!r}; delete the folder {path.parent} and score again")
     return np.stack([table[n].to_numpy(zero_copy_only=False).astype(np.float64) for n in names], axis=1)
 
 
-def read_rewards(folder: Path, rollouts: Sequence[Rollout]) -> Rewards:
-    """Scores of a folder, checked against the rollouts they were made from."""
+def _table(path: Path, digest: str | None = None) -> pa.Table:
+    """A shard, of the rollouts with this digest where one is given."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).rpartition("': ")[2]
+        raise UserError(f"{path} is damaged ({reason}); delete it and run `score` again: it alone is redone") from None
+    if digest is not None and (table.schema.metadata or {}).get(b"rollouts", b"").decode() != digest:
+        raise UserError(f"{path} holds scores of other rollouts; delete the folder {path.parent} and score again")
+    return table
+
+
+def read_rewards(folder: Path, rollouts: Sequence[Rollout]) -> Rewards:
+    """Scores of a folder. Raises `UserError` where they are of other rollouts, texts included, or of a part of these."""
     shards = sorted(folder.glob("*.parquet"))
     if not shards:
         raise UserError(f"no rewards in {folder}; run `equipoise score` first")
-    try:
-        tables = [pq.read_table(path) for path in shards]
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"a shard in {folder} is damaged ({str(error).splitlines()[0][:120]}); delete it and run `score` again") from None
-    ids = [i for t in tables for i in t["rollout_id"].to_pylist()]
-    if ids != [r.id for r in rollouts]:
-        raise UserError(f"the rewards in {folder} are of other rollouts; score these rollouts again")
-    names = [n for n in tables[0].column_names if n != "rollout_id"]
-    columns = [np.concatenate([t[n].to_numpy(zero_copy_only=False) for t in tables]).astype(np.float64) for n in names]
-    return Rewards(reward_NK=np.stack(columns, axis=1), objectives=tuple(names), rollout_ids=tuple(ids), digest=rollouts_digest(rollouts))
+    sizes = [len(_table(path)) for path in shards]
+    if sum(sizes) != len(rollouts):
+        raise UserError(f"{folder} has scores of {sum(sizes)} rollouts, not of these {len(rollouts)}; run `score` to its end")
+    names = [n for n in _table(shards[0]).column_names if n != "rollout_id"]
+    starts = np.cumsum([0, *sizes]).tolist()
+    parts = [
+        _read(path, names, rollouts_digest(rollouts[start:end])) for path, start, end in zip(shards, starts[:-1], starts[1:], strict=True)
+    ]
+    ids = tuple(r.id for r in rollouts)
+    return Rewards(reward_NK=np.concatenate(parts), objectives=tuple(names), rollout_ids=ids, digest=rollouts_digest(rollouts))

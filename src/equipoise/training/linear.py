@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
+
+Block = tuple[Float[np.ndarray, "_ D"], Float[np.ndarray, "_ K"], Float[np.ndarray, " _"], Int[np.ndarray, " _"]]
+"""x_ND, y_NK, weight_N and fold_N of some rows; blocks differ in N."""
 
 
 class Moments:
@@ -21,7 +25,7 @@ class Moments:
         self.yy = np.zeros(targets)
         self.count = 0.0
 
-    def add(self, x_ND: np.ndarray, y_NK: np.ndarray, weight_N: np.ndarray) -> None:
+    def add(self, x_ND: Float[np.ndarray, "N D"], y_NK: Float[np.ndarray, "N K"], weight_N: Float[np.ndarray, " N"]) -> None:
         """Add a block of rows."""
         scaled = x_ND * weight_N[:, None]
         self.xx += scaled.T @ x_ND
@@ -35,7 +39,7 @@ class Moments:
         total.yy, total.count = self.yy + other.yy, self.count + other.count
         return total
 
-    def solve(self, l2_D: np.ndarray) -> np.ndarray:
+    def solve(self, l2_D: Float[np.ndarray, " D"]) -> Float[np.ndarray, "D K"]:
         """B [D, K] of the equation above."""
         from scipy.linalg import cho_factor, cho_solve
 
@@ -43,13 +47,13 @@ class Moments:
         system[np.diag_indices_from(system)] += self.count * l2_D
         return np.asarray(cho_solve(cho_factor(system, overwrite_a=True, check_finite=False), self.xy, check_finite=False))
 
-    def squared_error(self, B_DK: np.ndarray) -> np.ndarray:
+    def squared_error(self, B_DK: Float[np.ndarray, "D K"]) -> Float[np.ndarray, " K"]:
         """sum_i c_i (y_i - x_i B)^2 per target."""
         return self.yy - 2 * (self.xy * B_DK).sum(axis=0) + (B_DK * (self.xx @ B_DK)).sum(axis=0)
 
 
-def fold_moments(blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]], folds: int) -> list[Moments]:
-    """Moments per fold from blocks of (x_ND, y_NK, weight_N, fold_N)."""
+def fold_moments(blocks: Iterable[Block], folds: int) -> list[Moments]:
+    """Moments per fold from blocks of rows."""
     out: list[Moments] = []
     for x_ND, y_NK, weight_N, fold_N in blocks:
         if not out:
@@ -62,8 +66,8 @@ def fold_moments(blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 
 def cross_validate(
-    moments: Sequence[Moments], grid: Sequence[float], penalty: Callable[[float], np.ndarray]
-) -> tuple[list[float], list[np.ndarray], np.ndarray]:
+    moments: Sequence[Moments], grid: Sequence[float], penalty: Callable[[float], Float[np.ndarray, " D"]]
+) -> tuple[list[float], list[Float[np.ndarray, "D K"]], Float[np.ndarray, " K"]]:
     """Choose one penalty per target by held-out squared error over the folds.
 
     Returns the chosen values per target, the held-out fits (B [D, K] per fold, each target at its chosen value) and the
@@ -82,7 +86,9 @@ def cross_validate(
     return [grid[b] for b in best_K], chosen, r2_K
 
 
-def refit(moments: Sequence[Moments], l2_K: Sequence[float], penalty: Callable[[float], np.ndarray]) -> np.ndarray:
+def refit(
+    moments: Sequence[Moments], l2_K: Sequence[float], penalty: Callable[[float], Float[np.ndarray, " D"]]
+) -> Float[np.ndarray, "D K"]:
     """B [D, K] on all folds, each target at its own penalty."""
     total = sum(moments[1:], moments[0])
     by_value = {l2: total.solve(penalty(l2)) for l2 in set(l2_K)}

@@ -35,7 +35,8 @@ class Config:
     objective: str
     """Name of the objective the head scores."""
     features: str = "mean-states:15"
-    """What the head reads: states:LAYER (at the closing token), mean-states:LAYER (over the response), wordllama, minilm, surface, joined by +."""
+    """What the head reads: states:LAYER (at the closing token), mean-states:LAYER (over the response), wordllama, minilm,
+    surface, joined by +."""
     l2_grid: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
     """Penalties that cross-validation chooses from."""
     test_share: float = 0.2

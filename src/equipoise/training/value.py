@@ -1,6 +1,6 @@
 """Value heads for steering one policy to many objectives: MAVIS's values, in a form that costs nothing to read.
 
-    teacher       V_k(s)     ~ E[z_k | s]                 ridge on [sum of the response's states so far, state of s]
+    teacher       V_k(s)     ~ E[z_k | s]                 ridge on what was said and the state of s (value_teacher.py)
     single-pass   q_k(s, a)  ~ V_k(s + a) - V_k(s)        ridge of teacher differences on x(s) (x) e_a, centred over candidates
     prefix        v_k(s + a) ~ V_k(s + a)                 ridge of the teacher on the open state of s + a
 
@@ -32,7 +32,7 @@ from equipoise.objectives import Normaliser
 from equipoise.runs import Manifest, write_json
 from equipoise.training.value_forms import SinglePass, calibrate_prefix, calibrate_single_pass, fit_prefix, fit_single_pass
 from equipoise.training.value_states import Plan, encode_states
-from equipoise.training.value_teacher import fit_teacher, make_actions, make_targets, response_sums
+from equipoise.training.value_teacher import fit_teacher, make_actions, make_targets
 from equipoise.types import Prompt, Rewards, Rollout, UserError
 
 if TYPE_CHECKING:
@@ -47,18 +47,14 @@ class Config:
     """Hidden states that the guide reads; empty for the middle and the last."""
     teacher_layer: int = 0
     """Layer whose states the teacher reads, one of `layers`; 0 for the middle."""
-    state_features: int = 16
+    state_features: int = 8
     """Principal components of the states that interact with the candidate."""
     token_features: int = 128
     """Principal components of the token embedding that interact with the state."""
-    l2_teacher: tuple[float, ...] = (0.3, 1.0, 3.0)
+    l2_teacher: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
     """Penalties for cross-validation: teacher."""
-    l2_heads: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    l2_heads: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
     """Penalties for cross-validation: heads."""
-    extra_every: int = 4
-    """Every how many prefixes candidates that were not drawn are tried; 0 for never."""
-    extra_candidates: int = 4
-    """How many."""
     folds: int = 5
     """Folds by prompt."""
     calibration_states: int = 1024
@@ -66,7 +62,7 @@ class Config:
     shard_rollouts: int = 128
     """Rollouts per shard of states; a killed run redoes at most one."""
     seed: int = 0
-    """Of folds and extra candidates."""
+    """Of the folds."""
 
     def __post_init__(self) -> None:
         if self.folds < 2:
@@ -95,21 +91,11 @@ def train(
         raise UserError(
             f"layers must hold teacher_layer={config.teacher_layer or middle} and end with the last one, {lm.num_layers}; got {layers}"
         )
-    plan = Plan(
-        layers=layers,
-        teacher_layer=config.teacher_layer or middle,
-        top_k=sampling["top_k"],
-        temperature=sampling["temperature"],
-        extra_every=config.extra_every,
-        extra_candidates=config.extra_candidates,
-        seed=config.seed,
-    )
+    plan = Plan(layers=layers, top_k=sampling["top_k"], temperature=sampling["temperature"], whole_sentences=sampling["whole_sentences"])
     horizon = int(sampling["max_new_tokens"])
     states = encode_states(lm, prompts, rollouts, plan, run.folder / "states", config.shard_rollouts, progress)
-    layer = layers.index(plan.teacher_layer)
-    sums_SD = response_sums(states, layer)
-    value, teacher = fit_teacher(states, sums_SD, layer, targets, horizon, config)
-    actions, value_SK = make_actions(states, sums_SD, layer, targets, value)
+    value_SK, teacher = fit_teacher(states, layers.index(config.teacher_layer or middle), targets, horizon, config)
+    actions = make_actions(states, targets, value_SK)
     design = SinglePass(lm, states, horizon, config)
     single_KXD, single = fit_single_pass(design, actions, targets, states, config)
     prefix_tensors, prefix = fit_prefix(states, value_SK, targets, horizon, config)

@@ -98,7 +98,7 @@ def fit_single_pass(
     moments = fold_moments(blocks(), config.folds)
     l2_K, held, r2_K = cross_validate(moments, config.l2_heads, lambda l2: design.penalty(l2, moments[0]))
     q_AK = np.zeros_like(actions.advantage_AK)
-    for rows in blocks_of(np.flatnonzero(actions.drawn_A)):
+    for rows in blocks_of(np.arange(len(fold_A))):
         x = design.rows(actions.state_A[rows], actions.token_A[rows])
         for fold in np.unique(fold_A[rows]):
             mine = fold_A[rows] == fold
@@ -110,7 +110,7 @@ def fit_single_pass(
 def efficiency(q_AK: np.ndarray, actions: Actions, targets: Targets, states: States) -> list[float]:
     """Correlation over rollouts of the prompt-centred reward with the summed advantages of its drawn tokens."""
     total_RK = np.zeros_like(targets.centred_RK)
-    np.add.at(total_RK, states.rollout_S[actions.state_A[actions.drawn_A]], q_AK[actions.drawn_A])
+    np.add.at(total_RK, states.rollout_S[actions.state_A], q_AK)
     out = []
     for k in range(total_RK.shape[1]):
         scored = np.isfinite(targets.centred_RK[:, k])
@@ -125,7 +125,7 @@ def fit_prefix(
     """prefix_KPI and its scale: ridge of the teacher's V(s) on [h, p h] for open states h, and held-out R2."""
     flat = states.open_SLD.reshape(len(states.open_SLD), -1)
     mean_I, scale_I = flat.mean(axis=0, dtype=np.float32), np.maximum(flat.astype(np.float32).std(axis=0), 1e-3)
-    live = np.flatnonzero((states.position_S > 0) & (states.position_S <= targets.kept_R[states.rollout_S]))
+    live = np.flatnonzero(states.position_S > 0)
     fold_S = targets.fold_R[states.rollout_S]
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
@@ -152,7 +152,7 @@ def calibrate_single_pass(design: SinglePass, single_KXD: np.ndarray, states: St
     e_SCD = design.table_VD[torch.from_numpy(states.candidates_SC[pick]).long()] * design.scale
     read_SKD = torch.einsum("sx,kxd->skd", design.x_SX[pick], torch.from_numpy(single_KXD).float())
     q_SCK = torch.einsum("scd,skd->sck", e_SCD, read_SKD).numpy()
-    return Calibration(logprobs_SC=states.logprobs_SC[pick], q_SCK=q_SCK, steps=len(live) / len(targets.kept_R))
+    return Calibration(logprobs_SC=states.logprobs_SC[pick], q_SCK=q_SCK, steps=len(live) / len(targets.fold_R))
 
 
 def calibrate_prefix(

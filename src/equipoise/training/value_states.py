@@ -1,8 +1,7 @@
 """What value heads learn from: states of the policy along its own rollouts, encoded once, in shards.
 
 For every prefix s_t of every rollout, over token trees that share each prompt: the states at the layers that a guide can
-read while decoding, and the policy's candidates at s_t. At a share of the prefixes, also the state after a few
-candidates that were not drawn, which show the heads what other choices do.
+read while decoding, the policy's candidates at s_t, and how much of the text would be scored if it were cut there.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from equipoise.models.chat import prompt_ids
+from equipoise.models.generation import ends_sentence
 from equipoise.models.trees import TokenTree, tree_states
 from equipoise.runs import write_atomic
 from equipoise.types import Prompt, Rollout, UserError
@@ -27,10 +27,10 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class States:
-    """S prefixes of R rollouts, in the order of the rollouts; X extra actions.
+    """S prefixes of R rollouts, in the order of the rollouts.
 
     `rollout_S` indexes the rollouts, `position_S` counts response tokens; `token_S` is the token that was drawn at s_t
-    (-1 where the rollout ends without one). `extra_*` describe candidates that were not drawn.
+    (-1 where the rollout ends without one).
     """
 
     rollout_S: np.ndarray
@@ -41,10 +41,8 @@ class States:
     candidates_SC: np.ndarray
     logprobs_SC: np.ndarray
     """log pi_ref restricted to the candidates."""
-    extra_state_X: np.ndarray
-    extra_token_X: np.ndarray
-    extra_open_XD: np.ndarray
-    """State after the tried candidate, at the teacher's layer."""
+    scored_S: np.ndarray
+    """Tokens of the response that would be scored if it were cut at s_t (its whole sentences, or all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +50,9 @@ class Plan:
     """What to encode."""
 
     layers: tuple[int, ...]
-    teacher_layer: int
     top_k: int
     temperature: float
-    extra_every: int
-    """Every how many prefixes other candidates are tried; 0 for never."""
-    extra_candidates: int
-    seed: int
+    whole_sentences: bool
 
 
 def encode_states(
@@ -78,13 +72,12 @@ def encode_states(
     for index, start in enumerate(range(0, len(rollouts), shard_rollouts)):
         part, path = rollouts[start : start + shard_rollouts], folder / f"part-{index:05d}.safetensors"
         if not path.exists():
-            tensors = _encode(lm, prompts, part, plan, np.random.default_rng([plan.seed, index]))
+            tensors = _encode(lm, prompts, part, plan)
             write_atomic(path, lambda scratch, tensors=tensors: save_file(tensors, scratch))  # type: ignore[misc]
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it and run again: it alone is redone") from None
-        tensors["extra_state_X"] = tensors["extra_state_X"] + sum(len(p["rollout_S"]) for p in parts)
         tensors["rollout_S"] = tensors["rollout_S"] + start
         parts.append(tensors)
         if progress:
@@ -92,30 +85,33 @@ def encode_states(
     return States(**{name: np.concatenate([p[name] for p in parts]) for name in States.__annotations__})
 
 
-def _encode(
-    lm: LanguageModel, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout], plan: Plan, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
+def _encode(lm: LanguageModel, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout], plan: Plan) -> dict[str, np.ndarray]:
     bodies = [list(r.tokens[:-1] if r.finish_reason == "stop" else r.tokens) for r in rollouts]
     groups = _by_prompt(rollouts)
     stems = {pid: prompt_ids(lm.tokenizer, prompts[pid]) for pid in groups}
     open_SLD = _open_states(lm, groups, stems, bodies, plan)
     candidates_SC, logprobs_SC = _candidates(lm, open_SLD[:, -1], plan)
-    position_S = np.concatenate([np.arange(len(b) + 1) for b in bodies])
-    rollout_S = np.repeat(np.arange(len(bodies)), [len(b) + 1 for b in bodies])
-    token_S = np.concatenate([[*b, r.tokens[-1] if r.finish_reason == "stop" else NO_TOKEN] for b, r in zip(bodies, rollouts, strict=True)])
-    extra_state_X, extra_token_X = _choose_extras(lm, position_S, token_S, candidates_SC, logprobs_SC, plan, rng)
-    extra_open_XD = _extra_states(lm, groups, stems, bodies, extra_state_X, extra_token_X, plan)
+    token_S = [[*b, r.tokens[-1] if r.finish_reason == "stop" else NO_TOKEN] for b, r in zip(bodies, rollouts, strict=True)]
     return {
-        "rollout_S": rollout_S.astype(np.int64),
-        "position_S": position_S.astype(np.int64),
-        "token_S": token_S.astype(np.int64),
+        "rollout_S": np.repeat(np.arange(len(bodies)), [len(b) + 1 for b in bodies]).astype(np.int64),
+        "position_S": np.concatenate([np.arange(len(b) + 1) for b in bodies]).astype(np.int64),
+        "token_S": np.concatenate(token_S).astype(np.int64),
         "open_SLD": open_SLD.astype(np.float16),
         "candidates_SC": candidates_SC.astype(np.int32),
         "logprobs_SC": logprobs_SC.astype(np.float32),
-        "extra_state_X": extra_state_X.astype(np.int64),
-        "extra_token_X": extra_token_X.astype(np.int64),
-        "extra_open_XD": extra_open_XD.astype(np.float16),
+        "scored_S": np.concatenate([_scored(lm, body, plan.whole_sentences) for body in bodies]),
     }
+
+
+def _scored(lm: LanguageModel, body: Sequence[int], whole: bool) -> np.ndarray:
+    """Tokens that would be scored if the body were cut at each length, from 0 on."""
+    counts = np.arange(len(body) + 1, dtype=np.int64)
+    if whole:
+        last = 0
+        for count in range(1, len(body) + 1):
+            last = count if ends_sentence(lm.tokenizer, body[:count]) else last
+            counts[count] = last or count
+    return counts
 
 
 def _by_prompt(rollouts: Sequence[Rollout], most: int = 4) -> dict[str, list[list[int]]]:
@@ -169,58 +165,3 @@ def _candidates(lm: LanguageModel, final_SD: np.ndarray, plan: Plan) -> tuple[np
             ids.append(index.cpu().numpy())
             logprobs.append(torch.log_softmax(top, dim=-1).cpu().numpy())
     return np.concatenate(ids), np.concatenate(logprobs)
-
-
-def _choose_extras(
-    lm: LanguageModel,
-    position_S: np.ndarray,
-    token_S: np.ndarray,
-    candidates_SC: np.ndarray,
-    logprobs_SC: np.ndarray,
-    plan: Plan,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """At every `extra_every`-th prefix, candidates other than the drawn one and the end of turn, likely ones more often."""
-    if not plan.extra_every or not plan.extra_candidates:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    offset = rng.integers(plan.extra_every)
-    states = np.flatnonzero(((np.arange(len(position_S)) + offset) % plan.extra_every == 0) & (token_S != NO_TOKEN))
-    # Gumbel top-m of half the log-probability: a compromise between what is drawn often and what differs.
-    noise = rng.gumbel(size=(len(states), candidates_SC.shape[1])) + 0.5 * logprobs_SC[states]
-    barred = (candidates_SC[states] == token_S[states][:, None]) | np.isin(candidates_SC[states], list(lm.eos_ids))
-    order = np.argsort(-np.where(barred, -np.inf, noise), axis=1)[:, : plan.extra_candidates]
-    allowed = ~np.take_along_axis(barred, order, axis=1)
-    tokens = np.take_along_axis(candidates_SC[states], order, axis=1)
-    return np.repeat(states, order.shape[1])[allowed.ravel()], tokens.ravel()[allowed.ravel()].astype(np.int64)
-
-
-def _extra_states(
-    lm: LanguageModel,
-    groups: dict[str, list[list[int]]],
-    stems: Mapping[str, list[int]],
-    bodies: list[list[int]],
-    extra_state_X: np.ndarray,
-    extra_token_X: np.ndarray,
-    plan: Plan,
-) -> np.ndarray:
-    """State at the teacher's layer after each tried candidate, [X, D]; the layers above are not run."""
-    starts = np.concatenate([[0], np.cumsum([len(b) + 1 for b in bodies])])
-    extras: dict[int, list[int]] = {}
-    for extra, state in enumerate(extra_state_X.tolist()):
-        extras.setdefault(state, []).append(extra)
-    trees, asked = [], []
-    for pid, lists in groups.items():
-        for members in lists:
-            tree, tried = TokenTree(), []
-            stem = tree.chain(-1, stems[pid])[-1]
-            for index in members:
-                prefixes = [stem, *tree.chain(stem, bodies[index])]
-                tried += [(e, node) for step, node in enumerate(prefixes) for e in extras.get(int(starts[index]) + step, [])]
-            tree.wanted = [tree.chain(node, [int(extra_token_X[extra])])[0] for extra, node in tried]
-            if tried:
-                trees.append(tree)
-                asked.append([extra for extra, _ in tried])
-    out_XD = np.zeros((len(extra_state_X), lm.hidden_size), dtype=np.float32)
-    for extra_ids, states in zip(asked, tree_states(lm, trees, [plan.teacher_layer]), strict=True):
-        out_XD[extra_ids] = states[:, 0]
-    return out_XD

@@ -1,14 +1,16 @@
 """The teacher of the value heads: what a prefix of the reference is worth, held out by prompt.
 
-    V_k(s) ~ E[z_k | s]     ridge on [m, c] and p [m, c]
+    V_k(s) ~ E[z_k | s]     ridge on f = [m, d, c] and p f
 
-m: sum of the response's states so far at the teacher's layer; c: state of s; p: position in [-1, 1]. The sum knows what
-was said, the state what is about to be. See value.py for the whole.
+At the teacher's layer, m: sum of the response's states so far, over the horizon; d: mean of its states up to its last
+whole sentence, which is what would be scored if it were cut here; c: state of s. p: position in [-1, 1]. The first two
+know what was said, the last what is about to be. See value.py for the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +28,11 @@ _BLOCK = 2048
 
 @dataclass(frozen=True)
 class Targets:
-    """Per rollout: standardised rewards z_RK, their prompt-centred form, fold, and the tokens that count."""
+    """Per rollout: standardised rewards, the same less their prompt's mean, the fold, and whether it ended by itself."""
 
     z_RK: np.ndarray
     centred_RK: np.ndarray
     fold_R: np.ndarray
-    kept_R: np.ndarray
     stopped_R: np.ndarray
 
 
@@ -48,60 +49,62 @@ def make_targets(rollouts: Sequence[Rollout], z_RK: np.ndarray, folds: int, seed
         z_RK=z_RK,
         centred_RK=z_RK - (sums / np.maximum(counts, 1))[prompt_R],
         fold_R=fold_P[prompt_R],
-        kept_R=np.array([r.text_tokens for r in rollouts]),
         stopped_R=np.array([r.finish_reason == "stop" for r in rollouts]),
     )
 
 
-Value = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
-
-def response_sums(states: States, layer: int) -> np.ndarray:
-    """Sum over the response's tokens so far of their states at `layer` (an index into open_SLD), [S, D] float32."""
-    out_SD = states.open_SLD[:, layer].astype(np.float32)
-    first_S = states.position_S == 0
-    out_SD[first_S] = 0.0  # the state at t = 0 belongs to the prompt
+def response_sums(states_SD: np.ndarray, position_S: np.ndarray) -> np.ndarray:
+    """Sum over the response's tokens so far of their states, [S, D] float32; 0 at position 0."""
+    out_SD = states_SD.astype(np.float64)
+    out_SD[position_S == 0] = 0.0  # the state at t = 0 belongs to the prompt
     np.cumsum(out_SD, axis=0, out=out_SD)
-    begun_S = np.maximum.accumulate(np.where(first_S, np.arange(len(first_S)), 0))
-    return out_SD - out_SD[begun_S]
+    begun_S = np.arange(len(position_S)) - position_S
+    return (out_SD - out_SD[begun_S]).astype(np.float32)
 
 
-def fit_teacher(
-    states: States, sums_SD: np.ndarray, layer: int, targets: Targets, horizon: int, config: Config
-) -> tuple[Value, dict[str, Any]]:
-    """Ridge of prompt-centred rewards on f = [m, c] and p f, for the sum m and the state c; returns value() and figures.
+class TeacherFeatures:
+    """[f, p f, p, 1] for f = [m, d, c], each part divided by its sd."""
 
-    `value(sums, states, position, fold)` predicts each row with the fit that left its fold out.
-    """
-    states_SD = states.open_SLD[:, layer]
-    scale = [np.maximum(part.astype(np.float32).std(axis=0), 1e-3) for part in (sums_SD, states_SD)]
+    def __init__(self, states: States, layer: int, horizon: int) -> None:
+        self.states, self.current_SD = states, states.open_SLD[:, layer]
+        position_S = states.position_S
+        self.sum_SD = response_sums(self.current_SD, position_S) / horizon
+        at_S = np.arange(len(position_S)) - position_S + states.scored_S  # the row at which the scored text ends
+        self.mean_SD = horizon * self.sum_SD[at_S] / np.maximum(states.scored_S, 1)[:, None].astype(np.float32)
+        self.p_S = np.minimum(2.0 * position_S / horizon - 1.0, 1.0).astype(np.float32)
+        parts = (self.sum_SD, self.mean_SD, self.current_SD)
+        self._sd = [np.maximum(part.std(axis=0, dtype=np.float32), 1e-3) for part in parts]
 
-    def features(sums: np.ndarray, current: np.ndarray, position: np.ndarray) -> np.ndarray:
-        p = np.minimum(2.0 * position / horizon - 1.0, 1.0).astype(np.float32)[:, None]
-        f = np.concatenate([sums / scale[0], current.astype(np.float32) / scale[1]], axis=1)
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """The features of these states."""
+        parts = (self.sum_SD, self.mean_SD, self.current_SD)
+        f = np.concatenate([part[rows].astype(np.float32) / sd for part, sd in zip(parts, self._sd, strict=True)], axis=1)
+        p = self.p_S[rows][:, None]
         return np.concatenate([f, p * f, p, np.ones_like(p)], axis=1)
 
+
+def fit_teacher(states: States, layer: int, targets: Targets, horizon: int, config: Config) -> tuple[np.ndarray, dict[str, Any]]:
+    """V(s) of every state by the fit that left its prompt's fold out, [S, K], and the teacher's figures.
+
+    Rollouts with an unscored objective are left out of the fit.
+    """
+    features = TeacherFeatures(states, layer, horizon)
     fold_S, y_SK = targets.fold_R[states.rollout_S], targets.centred_RK[states.rollout_S]
-    live_S = (states.position_S <= targets.kept_R[states.rollout_S]) & np.isfinite(y_SK).all(axis=1)
+    scored_S = np.isfinite(y_SK).all(axis=1)
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        for rows in blocks_of(np.flatnonzero(live_S)):
-            yield features(sums_SD[rows], states_SD[rows], states.position_S[rows]), y_SK[rows], np.ones(len(rows)), fold_S[rows]
+        for rows in blocks_of(np.flatnonzero(scored_S)):
+            yield features.rows(rows), y_SK[rows], np.ones(len(rows)), fold_S[rows]
 
     moments = fold_moments(blocks(), config.folds)
     l2_K, held, r2_K = cross_validate(moments, config.l2_teacher, lambda l2: relative_penalty(l2, moments[0]))
-
-    def value(sums: np.ndarray, current: np.ndarray, position: np.ndarray, fold: np.ndarray) -> np.ndarray:
-        out = np.empty((len(sums), y_SK.shape[1]))
-        for rows in blocks_of(np.arange(len(sums))):
-            x = features(sums[rows], current[rows], position[rows])
-            for f in np.unique(fold[rows]):
-                mine = fold[rows] == f
-                out[rows[mine]] = x[mine] @ held[f]
-        return out
-
-    predicted = value(sums_SD, states_SD, states.position_S, fold_S)
-    return value, {"l2": l2_K, "r2": r2_K, "r2_by_position": _by_position(states, live_S, y_SK, predicted, horizon)}
+    value_SK = np.empty_like(y_SK)
+    for rows in blocks_of(np.arange(len(y_SK))):
+        x = features.rows(rows)
+        for fold in np.unique(fold_S[rows]):
+            mine = fold_S[rows] == fold
+            value_SK[rows[mine]] = x[mine] @ held[fold]
+    return value_SK, {"l2": l2_K, "r2": r2_K, "r2_by_position": _by_position(states, scored_S, y_SK, value_SK, horizon)}
 
 
 def relative_penalty(l2: float, moments: Moments) -> np.ndarray:
@@ -110,16 +113,17 @@ def relative_penalty(l2: float, moments: Moments) -> np.ndarray:
 
 
 def blocks_of(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows in order, few enough at a time for their features to fit into memory."""
     for start in range(0, len(rows), _BLOCK):
         yield rows[start : start + _BLOCK]
 
 
-def _by_position(states: States, live_S: np.ndarray, y_SK: np.ndarray, predicted_SK: np.ndarray, horizon: int) -> list[list[Any]]:
+def _by_position(states: States, scored_S: np.ndarray, y_SK: np.ndarray, predicted_SK: np.ndarray, horizon: int) -> list[list[Any]]:
     """[[first position, R2 per objective], ...] in eight bins."""
     out = []
     edges = np.unique(np.linspace(0, horizon + 1, 9).astype(int))
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        rows = live_S & (states.position_S >= low) & (states.position_S < high)
+    for low, high in itertools.pairwise(edges):
+        rows = scored_S & (states.position_S >= low) & (states.position_S < high)
         if rows.sum() > 20:
             error = ((y_SK[rows] - predicted_SK[rows]) ** 2).sum(axis=0)
             out.append([int(low), (1 - error / np.maximum((y_SK[rows] ** 2).sum(axis=0), 1e-30)).tolist()])
@@ -128,34 +132,21 @@ def _by_position(states: States, live_S: np.ndarray, y_SK: np.ndarray, predicted
 
 @dataclass(frozen=True)
 class Actions:
-    """Drawn and tried actions with the teacher's advantage of each; `drawn_A` marks those that the rollout took."""
+    """Drawn tokens with the teacher's advantage of each."""
 
     state_A: np.ndarray
     token_A: np.ndarray
     advantage_AK: np.ndarray
-    drawn_A: np.ndarray
 
 
-def make_actions(states: States, sums_SD: np.ndarray, layer: int, targets: Targets, value: Value) -> tuple[Actions, np.ndarray]:
-    """V(s + a) - V(s) of drawn and tried actions, and V(s) itself. What ends a turn is worth the reward it was given."""
-    fold_S, kept_S = targets.fold_R[states.rollout_S], targets.kept_R[states.rollout_S]
-    value_SK = value(sums_SD, states.open_SLD[:, layer], states.position_S, fold_S)
-    drawn = np.flatnonzero(states.position_S < kept_S)  # the next state is the next row: rollouts are stored in order
-    ends = np.flatnonzero((states.token_S != NO_TOKEN) & targets.stopped_R[states.rollout_S] & (states.position_S == kept_S))
-    tried = np.flatnonzero((states.position_S < kept_S)[states.extra_state_X])
-    at = states.extra_state_X[tried]
-    after = states.extra_open_XD[tried].astype(np.float32)
-    tried_value = value(sums_SD[at] + after, after, states.position_S[at] + 1, fold_S[at])
-    advantage = [
-        value_SK[drawn + 1] - value_SK[drawn],
-        targets.centred_RK[states.rollout_S[ends]] - value_SK[ends],
-        tried_value - value_SK[at],
-    ]
-    actions = Actions(
-        state_A=np.concatenate([drawn, ends, at]),
-        token_A=np.concatenate([states.token_S[drawn], states.token_S[ends], states.extra_token_X[tried]]),
-        advantage_AK=np.concatenate(advantage),
-        drawn_A=np.concatenate([np.ones(len(drawn) + len(ends), dtype=bool), np.zeros(len(at), dtype=bool)]),
-    )
-    scored = np.isfinite(actions.advantage_AK).all(axis=1)
-    return Actions(actions.state_A[scored], actions.token_A[scored], actions.advantage_AK[scored], actions.drawn_A[scored]), value_SK
+def make_actions(states: States, targets: Targets, value_SK: np.ndarray) -> Actions:
+    """V(s + a) - V(s) of the drawn tokens; the end of a turn is worth the reward it was given.
+
+    At the cap the teacher's V stands in for the reward: it already knows what will be scored there, without the noise.
+    """
+    drawn = np.flatnonzero(states.token_S != NO_TOKEN)
+    last = np.append(states.rollout_S[1:] != states.rollout_S[:-1], True)[drawn]  # rollouts are stored in order
+    after = np.where(last[:, None], targets.centred_RK[states.rollout_S[drawn]], value_SK[np.minimum(drawn + 1, len(value_SK) - 1)])
+    advantage = after - value_SK[drawn]
+    scored = np.isfinite(advantage).all(axis=1) & np.isfinite(targets.centred_RK[states.rollout_S[drawn]]).all(axis=1)
+    return Actions(drawn[scored], states.token_S[drawn[scored]], advantage[scored])
