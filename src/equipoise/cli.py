@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 # command -> (module, config class, function, one line); two-word commands have a space
@@ -27,10 +29,12 @@ COMMANDS = {
     "doctor": ("equipoise.doctor", "Doctor", "doctor", "versions, devices, embedded models, and what is missing"),
 }
 
-# The three ways in which jsonargparse says that it doesn't know a key.
+# The ways in which jsonargparse says that it doesn't know a key.
 _UNKNOWN_KEY = re.compile(
     r"[Kk]ey \"?'?([\w.]+)'?\"? is not expected"
-    r"|[Uu]nrecognized arguments: -*([\w.]+)"
+    r"|[Oo]ption '([\w.]+)' is not accepted"
+    r"|does not accept option '([\w.]+)'"
+    r"|[Uu]nrecognized arguments: -*([\w.-]+)"
     r"|[Uu]nexpected.*?key[s]?:? '?([\w.]+)'?"
 )
 
@@ -65,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print("equipoise:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("equipoise: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
@@ -88,15 +95,16 @@ def _command(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def _parse(name: str, words: Sequence[str]) -> tuple[Any, Any]:
     """The command's config and function."""
+    from argparse import ArgumentError
+
     from jsonargparse import ArgumentParser
-    from jsonargparse.util import ArgumentError
 
     from equipoise.types import UserError
 
     module_name, config_name, function_name, description = COMMANDS[name]
     module = importlib.import_module(module_name)
     config_class = getattr(module, config_name)
-    parser = ArgumentParser(prog=f"equipoise {name}", description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=f"equipoise {name}", description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a recipe (YAML); the command line goes on top of it")
     parser.add_class_arguments(config_class, None)
     try:
@@ -104,13 +112,15 @@ def _parse(name: str, words: Sequence[str]) -> tuple[Any, Any]:
         made = parser.instantiate_classes(parsed)
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         raise UserError(_explain(str(error), name, _keys(parser))) from None
-    settings = {k: v for k, v in vars(made).items() if k not in ("config", "__default_config__")}
+    names = {field.name for field in fields(config_class)}
+    # Through items(), as vars() shows a key such as `values`, which is also a method's name, with a mark before it.
+    settings = {key: value for key, value in made.items() if key in names}
     return config_class(**settings), getattr(module, function_name)
 
 
 def _keys(parser: Any) -> list[str]:
     """Every key the command knows, dotted."""
-    return [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+    return [action.dest for action in parser._actions if action.dest not in ("help", "config") and not action.dest.startswith("print_")]
 
 
 def _explain(message: str, name: str, keys: Sequence[str]) -> str:
@@ -121,7 +131,7 @@ def _explain(message: str, name: str, keys: Sequence[str]) -> str:
         key = next(g for g in found.groups() if g)
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4) or difflib.get_close_matches(key.split(".")[-1], keys, n=1, cutoff=0.4)
         return f"{name} has no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(keys)}")
-    return line[:600]
+    return line[:600] + ("; write a list such as [a,b]" if "Expected a <class 'tuple'>" in line else "")
 
 
 if __name__ == "__main__":

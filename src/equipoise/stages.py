@@ -102,6 +102,7 @@ def sample(config: Sample) -> Path:
             rollouts = collect(sampler, requests, run.folder / "rollouts", config.sampling.batch_size, advance)
         run.outputs += sorted((run.folder / "rollouts").glob("*.parquet"))
         run.facts |= {"rollouts": len(rollouts), "tokens": sum(len(r.tokens) for r in rollouts), "prompts": len(prompts)}
+        run.facts |= {"model_revision": lm.revision}
     return config.out
 
 
@@ -328,6 +329,8 @@ def evaluate(config: Evaluate) -> Path:
 
     manifest = read_json(config.sweep / "manifest.json")
     values = Path(manifest["config"]["values"])
+    if file_digest(values / "manifest.json") != manifest["parents"]["values"]:
+        raise UserError(f"{values} was trained again since {config.sweep} was made; run the sweep again in another folder")
     sampled = _sample_config_of(values)
     swept = manifest["config"]
     prompts = {p.id: p for p in prompts_of(swept["prompts"], swept["split"], swept["limit"])}
@@ -335,8 +338,9 @@ def evaluate(config: Evaluate) -> Path:
     result |= {"model": sampled["model"], "sampling": sampled["sampling"], "versions": manifest["versions"]}
     result["files"] = _files(config.sweep, values, manifest)
     path = config.sweep / "evaluation.json"
+    front = {"points": result.pop("front"), "ref_point_K": result["ref_point_K"], "hypervolume": result["hypervolume"]}
+    write_json(config.sweep / "front.json", front)
     write_json(path, result)
-    write_json(config.sweep / "front.json", {k: result[k] for k in ("objectives", "points", "ref_point_K", "hypervolume")})
     return path
 
 
@@ -369,7 +373,9 @@ def report(config: Report) -> Path:
     found = read_json(config.evaluation)
     write_text(config.out, render_report(found))
     if len(found["objectives"]) >= 2:
-        write_text(config.out.with_name("front.svg"), front_figure(found, *found["objectives"][:2]))
+        # The picture that stands alone shows what costs about one or two plain responses; the page has them all.
+        cheap = found | {"points": [p for p in found["points"] if p["cost"] < 2.5]}
+        write_text(config.out.with_name("front.svg"), front_figure(cheap, *found["objectives"][:2]))
     return config.out
 
 

@@ -7,8 +7,8 @@ Objectives are always maximised; unscored is NaN. `beta` always means pi proport
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,15 +122,6 @@ class FrontPoint:
     """Backbone tokens per prompt, relative to one plain response of the same sampler settings."""
     n: int
     n_unscored: int
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossOutput:
-    """A scalar loss to differentiate and the figures to log beside it."""
-
-    loss: Any
-    metrics: dict[str, float]
 
 
 class Sampler(Protocol):

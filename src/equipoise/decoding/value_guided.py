@@ -100,6 +100,10 @@ class PrefixGuide:
     ) -> None:
         import torch
 
+        from equipoise.models.cache import attends_fully
+
+        if not attends_fully(lm.model.config):
+            raise UserError(f"not all layers of {lm.name!r} attend to the full past, as the form 'prefix' needs; use 'single-pass'")
         self.objectives, self.layers, self._horizon = heads.objectives, heads.layers, heads.horizon
         self.tilt = _Tilt(heads, "prefix", beta, kl_budget)
         self._weight_KPI = torch.from_numpy(heads.tensors["prefix_KPI"]).to(lm.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def evaluation_of(
         "ref_point_K": ref_point,
         "settings": {"sweep": dict(sweep), "evaluate": dict(settings)},
         "points": [*(summary.row(p) for p in points), *prefix],
+        "front": [asdict(summary.front_point(p)) for p in points],
         "hypervolume": _hypervolumes(summary, ours, both, best, drawn, ref_point),
         "equal_compute": _equal_compute(summary, ours, both, best),
         "equal_kl": _equal_kl(summary, ours, best),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from equipoise.evaluation.front import (
 from equipoise.evaluation.sweep import Scored, mean_cost, tokens_per_second
 from equipoise.objectives import Normaliser, linear, weight_label
 from equipoise.rewards.text import is_refusal, word_count
-from equipoise.types import UserError
+from equipoise.types import FrontPoint, UserError
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Point:
     responses: int
     tokens_per_s: float | None
     source: str
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Summary:
@@ -59,10 +58,9 @@ class Summary:
         if self.names[: len(self.objectives)] != self.objectives:
             raise UserError(f"the sweep scored {self.names}, but the values are for {self.objectives}; score those first and in that order")
         self.prompt_ids = list(dict.fromkeys(r.prompt_id for r in reference.rollouts))
-        judged = Normaliser.fit(self.names, reference.reward_NK)
-        count = len(self.objectives)
-        self._mean = np.array([*normaliser.mean_K, *judged.mean_K[count:]])
-        self._sd = np.array([*normaliser.sd_K, *judged.sd_K[count:]])
+        judged = Normaliser.fit(self.judges, reference.reward_NK[:, len(self.objectives) :])
+        self._mean = np.array([*normaliser.mean_K, *judged.mean_K])
+        self._sd = np.array([*normaliser.sd_K, *judged.sd_K])
         self.indices = bootstrap_indices(len(self.prompt_ids), n_boot, seed)
         self._unit = mean_cost(reference.rollouts)
         self.reference = self.point(reference)
@@ -155,6 +153,23 @@ class Summary:
 
     def _gain(self, point: Point, k: int) -> dict[str, float]:
         return dict(zip(("mean", "lo", "hi"), paired_interval(point.z_PK[:, k], self.reference.z_PK[:, k], self.indices), strict=True))
+
+    def front_point(self, point: Point) -> FrontPoint:
+        """A point as the record that front.json holds; its standard error is over prompts."""
+        z_PK = point.z_PK[:, : len(self.objectives)]
+        scored = np.isfinite(z_PK).sum(axis=0)
+        return FrontPoint(
+            method=point.method,
+            weights=point.weights,
+            objectives=self.objectives,
+            reward_mean_K=tuple(np.nanmean(z_PK, axis=0).tolist()),
+            stderr_K=tuple((np.nanstd(z_PK, axis=0, ddof=1) / np.sqrt(scored)).tolist()),
+            kl=point.kl,
+            kl_floor=point.kl_floor,
+            cost=point.cost,
+            n=point.responses,
+            n_unscored=point.unscored,
+        )
 
     def hypervolume(self, points: Sequence[Point], method: str, ref_point: Sequence[float]) -> dict[str, Any]:
         """Hypervolume of a method's points at one cost, with its interval over prompts."""

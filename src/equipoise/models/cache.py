@@ -94,13 +94,18 @@ class GrowingLayer(CacheLayerMixin):
         return -1
 
 
-def new_cache(config: Any, capacity: int) -> Cache:
-    """A cache for one batch: growing buffers where every layer attends to the full past, else `DynamicCache`."""
+def attends_fully(config: Any) -> bool:
+    """Whether every layer attends to the full past."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(text, "sliding_window", None):
+    return kinds == {"full_attention"} and not getattr(text, "sliding_window", None)
+
+
+def new_cache(config: Any, capacity: int) -> Cache:
+    """A cache for one batch: growing buffers where every layer attends to the full past, else `DynamicCache`."""
+    if not attends_fully(config):
         return DynamicCache(config=config)
-    return Cache(layers=[GrowingLayer(capacity) for _ in range(text.num_hidden_layers)])
+    return Cache(layers=[GrowingLayer(capacity) for _ in range(config.get_text_config().num_hidden_layers)])
 
 
 def select_rows(cache: Cache, rows: torch.Tensor) -> None:

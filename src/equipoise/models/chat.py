@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from equipoise.types import Message, Prompt, UserError
+from equipoise.types import Prompt, UserError
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -26,23 +25,3 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 def response_ids(tokenizer: Any, response: str) -> list[int]:
     """Token ids of a finished response: its text, then the end-of-turn token."""
     return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-
-
-def encode_dialogue(tokenizer: Any, prompt: Prompt, response: str, max_length: int) -> tuple[list[int], int]:
-    """Ids of prompt and closed response, at most `max_length`, and how many ids were cut.
-
-    The start of the prompt is cut first, so that the response and the end of the question stay; of a response that is
-    too long by itself the end is cut and the end-of-turn token kept.
-    """
-    head, tail = prompt_ids(tokenizer, prompt), response_ids(tokenizer, response)
-    total = len(head) + len(tail)
-    if len(tail) > max_length:
-        tail = [*tail[: max_length - 1], tail[-1]]
-    room = max_length - len(tail)
-    ids = [*(head[-room:] if room else []), *tail]
-    return ids, total - len(ids)
-
-
-def as_messages(turns: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
-    """(role, content) pairs as messages."""
-    return tuple(Message(role=role, content=content) for role, content in turns)

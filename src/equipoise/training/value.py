@@ -85,6 +85,10 @@ def train(
     """Fit both value forms on rollouts of the reference and save them. Returns the artefact's path."""
     normaliser = Normaliser.fit(rewards.objectives, rewards.reward_NK)
     targets = make_targets(rollouts, normaliser(rewards.reward_NK), config.folds, config.seed)
+    whole_R = np.isfinite(targets.centred_RK).all(axis=1)
+    if len(set(targets.fold_R[whole_R])) < 2:
+        names = ", ".join(rewards.objectives)
+        raise UserError(f"{whole_R.sum()} of {len(rollouts)} rollouts are scored on all of {names}: too few prompts to hold some out")
     middle = max(1, lm.num_layers // 2)
     layers = config.layers or tuple(sorted({middle, lm.num_layers}))
     if layers[-1] != lm.num_layers or (config.teacher_layer or middle) not in layers:

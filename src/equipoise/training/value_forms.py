@@ -96,14 +96,15 @@ def fit_single_pass(
             yield design.rows(actions.state_A[rows], actions.token_A[rows]), actions.advantage_AK[rows], np.ones(len(rows)), fold_A[rows]
 
     moments = fold_moments(blocks(), config.folds)
-    l2_K, held, r2_K = cross_validate(moments, config.l2_heads, lambda l2: design.penalty(l2, moments[0]))
+    some = next(fold for fold in moments if fold.count)
+    l2_K, held, r2_K = cross_validate(moments, config.l2_heads, lambda l2: design.penalty(l2, some))
     q_AK = np.zeros_like(actions.advantage_AK)
     for rows in blocks_of(np.arange(len(fold_A))):
         x = design.rows(actions.state_A[rows], actions.token_A[rows])
         for fold in np.unique(fold_A[rows]):
             mine = fold_A[rows] == fold
             q_AK[rows[mine]] = x[mine] @ held[fold]
-    B_FK = refit(moments, l2_K, lambda l2: design.penalty(l2, moments[0]))
+    B_FK = refit(moments, l2_K, lambda l2: design.penalty(l2, some))
     return design.unpack(B_FK), {"l2": l2_K, "r2": r2_K, "efficiency": efficiency(q_AK, actions, targets, states)}
 
 

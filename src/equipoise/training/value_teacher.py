@@ -97,7 +97,8 @@ def fit_teacher(states: States, layer: int, targets: Targets, horizon: int, conf
             yield features.rows(rows), y_SK[rows], np.ones(len(rows)), fold_S[rows]
 
     moments = fold_moments(blocks(), config.folds)
-    l2_K, held, r2_K = cross_validate(moments, config.l2_teacher, lambda l2: relative_penalty(l2, moments[0]))
+    some = next(fold for fold in moments if fold.count)
+    l2_K, held, r2_K = cross_validate(moments, config.l2_teacher, lambda l2: relative_penalty(l2, some))
     value_SK = np.empty_like(y_SK)
     for rows in blocks_of(np.arange(len(y_SK))):
         x = features.rows(rows)
