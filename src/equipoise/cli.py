@@ -12,8 +12,8 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
 
 # command -> (module, config class, function, one line); two-word commands have a space
 COMMANDS = {
@@ -106,6 +106,7 @@ def _parse(name: str, words: Sequence[str]) -> tuple[Any, Any]:
     config_class = getattr(module, config_name)
     parser = ArgumentParser(prog=f"equipoise {name}", description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a recipe (YAML); the command line goes on top of it")
+    _resolve_annotations(config_class)
     parser.add_class_arguments(config_class, None)
     try:
         parsed = parser.parse_args(list(words))
@@ -116,6 +117,15 @@ def _parse(name: str, words: Sequence[str]) -> tuple[Any, Any]:
     # Through items(), as vars() shows a key such as `values`, which is also a method's name, with a mark before it.
     settings = {key: value for key, value in made.items() if key in names}
     return config_class(**settings), getattr(module, function_name)
+
+
+def _resolve_annotations(config_class: Any) -> None:
+    """Turn the annotations from text into types: jsonargparse would run the module's TYPE_CHECKING imports for it, torch's too."""
+    hints = get_type_hints(config_class)
+    config_class.__init__.__annotations__ = hints
+    for hint in hints.values():
+        if is_dataclass(hint):
+            _resolve_annotations(hint)
 
 
 def _keys(parser: Any) -> list[str]:

@@ -154,7 +154,7 @@ class TrainRewardHead:
     out: Path
     """Run folder to write."""
     pairs: tuple[str, ...]
-    """Files of pairs: hh:FILE or moderation:FILE."""
+    """Files of pairs: hh:FILE, moderation:FILE or hahackathon:FILE."""
     model: str = "smollm2"
     """Model behind states:LAYER features."""
     head: reward_head.Config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import csv
 import gzip
 import json
 import re
@@ -75,30 +77,47 @@ def hh_rlhf(path: Path, objective: str) -> list[Pair]:
 
 
 def moderation(path: Path, objective: str) -> list[Pair]:
-    """Pairs of a harmless and a harmful text from the OpenAI moderation set (columns `prompt` and one flag per harm).
-
-    Each flagged text is paired with the unflagged one whose length is nearest among those not yet used, so that a reward
-    can't tell them apart by length; unflagged texts are used again once they run out. There is no prompt: the texts are
-    judged as they stand.
-    """
+    """Harmless against harmful texts of the OpenAI moderation set (columns `prompt` and one flag per harm)."""
     rows = read_jsonl(path)
-    for index, row in enumerate(rows):
-        if not isinstance(row.get("prompt"), str):
-            raise UserError(f"{path}: row {index + 1} has no text `prompt`; the moderation set has prompt and one flag per harm")
     flags = [[v for k, v in row.items() if k != "prompt" and v is not None] for row in rows]
     harmful = [row["prompt"] for row, flag in zip(rows, flags, strict=True) if any(flag)]
     clean = [row["prompt"] for row, flag in zip(rows, flags, strict=True) if flag and not any(flag)]
-    if not harmful or not clean:
-        raise UserError(f"{path} has {len(harmful)} flagged and {len(clean)} unflagged texts; both kinds are needed")
-    free: list[str] = []
+    return matched_pairs(path, clean, harmful, objective)
+
+
+def hahackathon(path: Path, objective: str) -> list[Pair]:
+    """Humorous against other texts of HaHackathon (SemEval-2021 task 7; columns `text` and `is_humor`)."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="") as handle:
+            rows = [(row["text"], row["is_humor"]) for row in csv.DictReader(handle)]
+    except (OSError, EOFError, KeyError) as error:
+        raise UserError(f"{path} can't be read as HaHackathon: it needs the columns text and is_humor ({error})") from None
+    return matched_pairs(path, [t for t, flag in rows if flag == "1"], [t for t, flag in rows if flag == "0"], objective)
+
+
+def matched_pairs(path: Path, better: list[str], worse: list[str], objective: str) -> list[Pair]:
+    """Each text of the smaller class with the one of the other class whose length is nearest among those not yet used.
+
+    Pairs whose lengths differ by more than a tenth are left out, so that a reward can't tell them apart by length. There is no prompt: the texts are judged as they stand.
+    """
+    if not better or not worse:
+        raise UserError(f"{path} has {len(better)} texts of one class and {len(worse)} of the other; both are needed")
+    few, many = (worse, better) if len(worse) <= len(better) else (better, worse)
+    free = sorted(many, key=len)
     pairs = []
-    for index, text in enumerate(harmful):
-        free = free or list(clean)
-        partner = min(free, key=lambda other: abs(len(other) - len(text)))
-        free.remove(partner)
+    for index, text in enumerate(few):
+        at = bisect.bisect_left(free, len(text), key=len)
+        if not free:
+            break
+        near = min((i for i in (at - 1, at) if 0 <= i < len(free)), key=lambda i: abs(len(free[i]) - len(text)))
+        if abs(len(free[near]) - len(text)) > 0.1 * len(text):
+            continue
+        partner = free.pop(near)
+        chosen, rejected = (partner, text) if few is worse else (text, partner)
         prompt = Prompt(id=f"{objective}-{index:05d}", messages=(Message(role="user", content="."),))
-        pairs.append(Pair(id=f"{objective}-{index:05d}", prompt=prompt, chosen=partner, rejected=text, objective=objective))
+        pairs.append(Pair(id=f"{objective}-{index:05d}", prompt=prompt, chosen=chosen, rejected=rejected, objective=objective))
     return pairs
 
 
-PAIRS = {"hh": hh_rlhf, "moderation": moderation}
+PAIRS = {"hh": hh_rlhf, "moderation": moderation, "hahackathon": hahackathon}

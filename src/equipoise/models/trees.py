@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from equipoise.models.cache import attends_fully
 from equipoise.types import UserError
 
 if TYPE_CHECKING:
@@ -110,6 +109,8 @@ def tree_states(
 
 def _check_view(lm: LanguageModel, trees: Sequence[TokenTree]) -> None:
     """A tree's mask lets every layer see the whole path, so no layer may have a window that is shorter."""
+    from equipoise.models.cache import attends_fully
+
     config = lm.model.config
     if attends_fully(config):
         return
