@@ -49,8 +49,6 @@ def test_dominates_needs_one_strict_objective() -> None:
     assert not dominates(np.array([2, 0]), np.array([1, 1]))
     assert not dominates(np.array([2, NAN]), np.array([1, 1]))
     assert not dominates(np.array([2, 2]), np.array([NAN, 1]))
-    with pytest.raises(UserError, match="same objectives"):
-        dominates(np.array([1, 2]), np.array([1, 2, 3]))
 
 
 def test_non_dominated_by_hand() -> None:
@@ -89,8 +87,6 @@ def test_hypervolume_refuses_what_has_no_answer() -> None:
         hypervolume(STAIRS, [0, NAN])
     with pytest.raises(UserError, match="infinite"):
         hypervolume(np.array([[np.inf, 1.0]]), [0, 0])
-    with pytest.raises(UserError, match="one column per objective"):
-        hypervolume(np.array([1.0, 2.0]), [0, 0])
 
 
 @given(coordinates(2, most=12))
@@ -175,8 +171,6 @@ def test_paired_interval_forgets_what_prompts_share() -> None:
     rng = np.random.default_rng(3)
     base, table = 100 * rng.normal(size=40), bootstrap_indices(40, 500, seed=0)
     assert paired_interval(base + 0.5, base, table) == pytest.approx((0.5, 0.5, 0.5))
-    with pytest.raises(UserError, match="same prompts"):
-        paired_interval(base, base[:-1], table)
 
 
 def test_too_few_scored_prompts_are_refused() -> None:
@@ -191,12 +185,8 @@ def test_too_few_scored_prompts_are_refused() -> None:
         paired_interval(np.array([1, 2, NAN]), np.array([1, NAN, 3]), table)
     with pytest.raises(UserError, match="at least 2 prompts, got 1"):
         mean_interval(np.array([1.0]), np.zeros((5, 1), dtype=int))
-    with pytest.raises(UserError, match="isn't for 4 prompts"):
-        mean_interval(np.ones(4), table)
     with pytest.raises(UserError, match="between 0 and 1"):
         mean_interval(np.ones(3), table, level=95)
-    with pytest.raises(UserError, match="one number per prompt"):
-        mean_interval(np.ones((3, 2)), table)
 
 
 def test_hypervolume_interval_by_hand() -> None:
@@ -224,8 +214,23 @@ def test_hypervolume_interval_refuses_what_it_cannot_resample() -> None:
     reward[:, :, 1] = NAN
     with pytest.raises(UserError, match="objective 1: 0 of 4 prompts"):
         hypervolume_interval(reward, [0, 0], bootstrap_indices(4, 5, seed=0))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arrays_of_the_wrong_shape_are_refused() -> None:
+    table = bootstrap_indices(3, 10, seed=0)
+    with pytest.raises(UserError, match="same objectives"):
+        dominates(np.array([1, 2]), np.array([1, 2, 3]))
+    with pytest.raises(UserError, match="one column per objective"):
+        hypervolume(np.array([1.0, 2.0]), [0, 0])
+    with pytest.raises(UserError, match="isn't for 4 prompts"):
+        mean_interval(np.ones(4), table)
+    with pytest.raises(UserError, match="one number per prompt"):
+        mean_interval(np.ones((3, 2)), table)
+    with pytest.raises(UserError, match="same prompts"):
+        paired_interval(np.ones(3), np.ones(2), table)
     with pytest.raises(UserError, match="weights, prompts, objectives"):
-        hypervolume_interval(np.ones((3, 4)), [0, 0], bootstrap_indices(4, 5, seed=0))
+        hypervolume_interval(np.ones((3, 3)), [0, 0], table)
 
 
 def test_hypervolume_interval_leaves_an_unscored_point_out() -> None:

@@ -99,7 +99,8 @@ def hahackathon(path: Path, objective: str) -> list[Pair]:
 def matched_pairs(path: Path, better: list[str], worse: list[str], objective: str) -> list[Pair]:
     """Each text of the smaller class with the one of the other class whose length is nearest among those not yet used.
 
-    Pairs whose lengths differ by more than a tenth are left out, so that a reward can't tell them apart by length. There is no prompt: the texts are judged as they stand.
+    Pairs whose lengths differ by more than a tenth are left out, so that a reward can't tell them apart by length. There is
+    no prompt: the texts are judged as they stand.
     """
     if not better or not worse:
         raise UserError(f"{path} has {len(better)} texts of one class and {len(worse)} of the other; both are needed")
