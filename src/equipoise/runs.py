@@ -87,6 +87,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run the stage that writes it again") from None
 
 
+def manifest_of(folder: Path, command: str) -> dict[str, Any]:
+    """What a finished stage left on record. Raises `UserError` where the folder holds no such stage."""
+    record = read_json(folder / "manifest.json")
+    if not isinstance(record, dict) or record.get("command") != command:
+        found = record.get("command") if isinstance(record, dict) else None
+        raise UserError(f"{folder} is not a `{command}` folder" + (f" but one of `{found}`" if found else ""))
+    return record
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))

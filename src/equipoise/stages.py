@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from equipoise.models.generation import Sampling
 from equipoise.progress import bar, say
-from equipoise.runs import file_digest, read_json, stage, write_json, write_text
+from equipoise.runs import file_digest, manifest_of, read_json, stage, write_json, write_text
 from equipoise.training import reward_head, value
 from equipoise.types import Pair, Prompt, UserError
 
@@ -80,6 +80,7 @@ class Sample:
 
 def sample(config: Sample) -> Path:
     """Sample and return the run folder."""
+    from equipoise.data.prompts import prompts_file
     from equipoise.decoding.value_guided import PolicySampler, make_guide
     from equipoise.models.value_heads import ValueHeads
     from equipoise.objectives import parse_weights
@@ -90,7 +91,7 @@ def sample(config: Sample) -> Path:
     prompts = prompts_of(config.prompts, config.split, config.limit)
     heads = ValueHeads.load(Path(config.values) / "values.safetensors") if config.values else None
     weights = parse_weights(config.weights, heads.objectives) if heads else None
-    parents = {"values": Path(config.values) / "manifest.json"} if heads else {}
+    parents = {"prompts": prompts_file(config.prompts)} | ({"values": Path(config.values) / "manifest.json"} if heads else {})
     with stage(config.out, "sample", _settings(config), parents) as run:
         if run.done:
             return config.out
@@ -127,7 +128,7 @@ def score(config: Score) -> Path:
     from equipoise.rollouts import read_rollouts
 
     rollouts = read_rollouts(config.run / "rollouts")
-    prompts = {p.id: p for p in _prompts_of_run(config.run)}
+    prompts = {p.id: p for p in _prompts_of_run(config.run, "sample")}
     with stage(config.run / "rewards", "score", _settings(config), {"rollouts": config.run / "manifest.json"}) as run:
         if run.done:
             return run.folder
@@ -141,9 +142,14 @@ def score(config: Score) -> Path:
     return run.folder
 
 
-def _prompts_of_run(folder: Path) -> list[Prompt]:
-    """The prompts that a `sample` folder was made from."""
-    config = read_json(folder / "manifest.json")["config"]
+def _prompts_of_run(folder: Path, command: str) -> list[Prompt]:
+    """The prompts that a `sample` or `sweep` folder was made from. Raises `UserError` where their file has changed since."""
+    from equipoise.data.prompts import prompts_file
+
+    record = manifest_of(folder, command)
+    config, path = record["config"], prompts_file(record["config"]["prompts"])
+    if file_digest(path) != record["parents"].get("prompts"):
+        raise UserError(f"{path} has changed since {folder} was made from it; put it back or run `{command}` again in another folder")
     return prompts_of(config["prompts"], config["split"], config["limit"])
 
 
@@ -211,12 +217,12 @@ def train_value(config: TrainValue) -> Path:
     from equipoise.rewards.scoring import read_rewards
     from equipoise.rollouts import read_rollouts
 
-    sampled = read_json(config.run / "manifest.json")["config"]
+    sampled = manifest_of(config.run, "sample")["config"]
     if sampled["values"]:
         raise UserError(f"{config.run} was sampled from a steered policy; values are trained on the reference's rollouts")
     rollouts = read_rollouts(config.run / "rollouts")
     rewards = read_rewards(config.run / "rewards", rollouts)
-    prompts = {p.id: p for p in _prompts_of_run(config.run)}
+    prompts = {p.id: p for p in _prompts_of_run(config.run, "sample")}
     parents = {"rollouts": config.run / "manifest.json", "rewards": config.run / "rewards" / "manifest.json"}
     with stage(config.out, "train value", _settings(config), parents) as run:
         if run.done:
@@ -275,7 +281,8 @@ def sweep(config: Sweep) -> Path:
     leaked = [p.id for p in prompts if p.text in seen]
     if leaked:
         raise UserError(f"prompt {leaked[0]!r} and {len(leaked) - 1} more were used to train the values; sweep another split")
-    with stage(config.out, "sweep", _settings(config), {"values": config.values / "manifest.json"}) as run:
+    parents = {"values": config.values / "manifest.json", "prompts": prompts_file(config.prompts)}
+    with stage(config.out, "sweep", _settings(config), parents) as run:
         if run.done:
             return config.out
         lm = model_of(sampled["model"], sampled["trust_remote_code"])
@@ -298,7 +305,7 @@ def sweep(config: Sweep) -> Path:
 
 def _sample_config_of(values: Path) -> dict[str, Any]:
     """Config of the `sample` run that value heads were trained on."""
-    return dict(read_json(Path(read_json(values / "manifest.json")["config"]["run"]) / "manifest.json")["config"])
+    return dict(manifest_of(Path(manifest_of(values, "train value")["config"]["run"]), "sample")["config"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,13 +334,13 @@ def evaluate(config: Evaluate) -> Path:
     """Write evaluation.json and front.json into the sweep's folder and return the former."""
     from equipoise.evaluation.evaluate import evaluation_of
 
-    manifest = read_json(config.sweep / "manifest.json")
+    manifest = manifest_of(config.sweep, "sweep")
     values = Path(manifest["config"]["values"])
     if file_digest(values / "manifest.json") != manifest["parents"]["values"]:
         raise UserError(f"{values} was trained again since {config.sweep} was made; run the sweep again in another folder")
     sampled = _sample_config_of(values)
     swept = manifest["config"]
-    prompts = {p.id: p for p in prompts_of(swept["prompts"], swept["split"], swept["limit"])}
+    prompts = {p.id: p for p in _prompts_of_run(config.sweep, "sweep")}
     result = evaluation_of(config.sweep, values, prompts, swept, _settings(config))
     result |= {"model": sampled["model"], "sampling": sampled["sampling"], "versions": manifest["versions"]}
     result["files"] = _files(config.sweep, values, manifest)
@@ -346,7 +353,7 @@ def evaluate(config: Evaluate) -> Path:
 
 def _files(folder: Path, values: Path, manifest: dict[str, Any]) -> list[dict[str, str]]:
     """Every file a number rests on, with its digest."""
-    trained = read_json(values / "manifest.json")
+    trained = manifest_of(values, "train value")
     rollouts = Path(trained["config"]["run"])
     rows = [{"path": str(folder / name), "sha256": digest, "what": "sweep"} for name, digest in manifest["outputs"].items()]
     rows += [{"path": str(values / name), "sha256": digest, "what": "value heads"} for name, digest in trained["outputs"].items()]
@@ -371,6 +378,8 @@ def report(config: Report) -> Path:
     from equipoise.evaluation.report import render_report
 
     found = read_json(config.evaluation)
+    if not isinstance(found, dict) or not {"title", "model", "objectives"} <= set(found):
+        raise UserError(f"{config.evaluation} is not an evaluation; give the evaluation.json that `equipoise evaluate` writes")
     write_text(config.out, render_report(found))
     if len(found["objectives"]) >= 2:
         # The picture that stands alone shows what costs about one or two plain responses; the page has them all.

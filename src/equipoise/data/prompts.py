@@ -11,6 +11,11 @@ from equipoise.types import Message, Prompt, UserError
 _PACKAGED = Path(__file__).parent / "prompts.jsonl"
 
 
+def prompts_file(source: str) -> Path:
+    """The file that a source of prompts is read from."""
+    return _PACKAGED if source == "equipoise" else Path(source.removeprefix("hh:")).expanduser()
+
+
 def load_prompts(source: str = "equipoise") -> list[Prompt]:
     """Prompts of "equipoise" (the package's 240), "hh:FILE" (an HH-RLHF file) or a JSON-lines FILE.
 
@@ -19,10 +24,10 @@ def load_prompts(source: str = "equipoise") -> list[Prompt]:
     """
     if source.startswith("hh:"):
         found: dict[str, Prompt] = {}
-        for pair in hh_rlhf(Path(source[3:]).expanduser(), "hh"):
+        for pair in hh_rlhf(prompts_file(source), "hh"):
             found.setdefault(pair.prompt.id, pair.prompt)
         return list(found.values())
-    path = _PACKAGED if source == "equipoise" else Path(source).expanduser()
+    path = prompts_file(source)
     prompts = [_prompt(row, index, path) for index, row in enumerate(read_jsonl(path))]
     seen: set[str] = set()
     for prompt in prompts:

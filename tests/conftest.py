@@ -1,0 +1,108 @@
+"""Tiny models and tokenizers, built in code: nothing is downloaded, and every number is fixed by a seed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Axes and types of the public array signatures are checked at every call, from the first import on; float takes an int.
+install_import_hook(
+    [
+        "equipoise.decoding.resampling",
+        "equipoise.evaluation.front",
+        "equipoise.models.value_heads",
+        "equipoise.objectives",
+        "equipoise.training.linear",
+    ],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+from equipoise.models.loading import LanguageModel, eos_ids  # noqa: E402 after the hook
+from equipoise.types import Message, Prompt  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked(monkeypatch) -> None:
+    """Turns the hook off: what a function itself says about arrays of the wrong shape."""
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+
+
+SPECIAL = ("<pad>", "<unk>", "</s>")
+TINY_WORDS = (*SPECIAL, "a", "b", "c", "d", ".")
+FOLDER_WORDS = (
+    *SPECIAL,
+    *". , ! ? : ' user assistant system the a an and or but not no yes i you we it is are was be do does can".split(),  # noqa: SIM905
+    *"how what why when where to of in on for with from please help me my your good bad safe make bread water".split(),  # noqa: SIM905
+    *"time day people work car money home".split(),  # noqa: SIM905
+)
+
+
+def prompt(id: str, text: str) -> Prompt:
+    """A conversation of one user turn."""
+    return Prompt(id=id, messages=(Message(role="user", content=text),))
+
+
+def build_tokenizer(words: tuple[str, ...]):
+    """Whole words and punctuation marks as tokens; all else is <unk>. No chat template."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+
+
+def build_llama(vocab_size: int, *, layers: int, max_position: int, seed: int, config_class=None, **settings):
+    """A random Llama whose wide weights make its next-token distributions far from uniform."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = (config_class or LlamaConfig)(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_position,
+        initializer_range=0.35,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+        **settings,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Eight tokens: <pad>, <unk>, </s>, a, b, c, d and the full stop."""
+    return build_tokenizer(TINY_WORDS)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tiny_tokenizer) -> LanguageModel:
+    """Three layers, sixteen dimensions, eight tokens, 64 positions."""
+    model = build_llama(len(TINY_WORDS), layers=3, max_position=64, seed=0)
+    return LanguageModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision="seed 0", eos_ids=eos_ids(model, tiny_tokenizer))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A model folder that `load_model(str(folder))` reads: two layers, some 70 words, 256 positions."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    build_llama(len(FOLDER_WORDS), layers=2, max_position=256, seed=1).save_pretrained(folder)
+    build_tokenizer(FOLDER_WORDS).save_pretrained(folder)
+    return folder
