@@ -37,6 +37,8 @@ class _Tilt:
             raise UserError("give exactly one of beta and kl_budget")
         if beta is not None and not beta > 0:
             raise UserError(f"beta must be positive, got {beta:g}")
+        if kl_budget is not None and not kl_budget > 0:
+            raise UserError(f"kl_budget must be positive, got {kl_budget:g}")
         if kl_budget is not None and form not in heads.calibration:
             raise UserError(f"these values have no calibration for the form {form!r}; give beta instead of kl_budget")
         self._heads, self._form, self._beta, self._budget = heads, form, beta, kl_budget

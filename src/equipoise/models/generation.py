@@ -15,6 +15,7 @@ batch. Tokens are drawn by inverting the CDF of the candidates in order of pi_re
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from equipoise.models.loading import LanguageModel
 
-_SENTENCE_END = re.compile(r"(?<!\d)[.!?]+[\"')\]*\u201d\u2019]*$")
+_SENTENCE_END = re.compile(r"((?<!\d)\.|[!?])[\"')\]*\u201d\u2019]*$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +220,8 @@ def _check_request(lm: LanguageModel, request: Request, length: int, config: Sam
     if request.weights is not None:
         if guide is None:
             raise UserError(f"request {request.id!r} has weights {request.weights} but no guide was given")
+        if not all(math.isfinite(w) for w in request.weights):
+            raise UserError(f"request {request.id!r} has weights {request.weights}; weights are finite numbers")
         if len(request.weights) != len(guide.objectives):
             raise UserError(f"request {request.id!r} has {len(request.weights)} weights for objectives {', '.join(guide.objectives)}")
 
@@ -397,5 +400,6 @@ def _finish(row: _Row, lm: LanguageModel, guided: int, whole: bool) -> Rollout:
         weights=row.request.weights,
         seed=row.request.seed,
         base_forwards=row.prompt_length + steps - 1,
-        guide_forwards=guided * steps,
+        # Where the guide runs the chosen token for the policy, nobody needed the last one.
+        guide_forwards=guided * steps + (guided > 0),
     )

@@ -164,6 +164,7 @@ def convert_gguf(path: Path) -> Path:
         plain.load_state_dict(model.state_dict())
         plain.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
+        scratch.chmod(0o755)  # mkdtemp's 0700 would shut other users out of a shared cache
         try:
             os.rename(scratch, target)
         except OSError:  # another process was first: its result is the same

@@ -1,7 +1,7 @@
 """Value heads as an artefact: what `training/value.py` fits and `decoding/value_guided.py` reads.
 
 single-pass   q_k(s, a) = e_a . sum_i x_i(s) A_k[i]      x(s) = [1, whitened states of s, p, p^2],  e_a: the policy's token embedding
-prefix        v_k(s + a) = (h(s + a) / scale) . (B_k0 + p B_k1) + b_k
+prefix        v_k(s + a) = (h(s + a) - mean) . (B_k0 + p B_k1)
 
 p = 2 t / horizon - 1 in [-1, 1] is the position. Values are in standard deviations of the reference's reward, and only
 their differences between candidates of one step matter.
@@ -74,7 +74,7 @@ class ValueHeads:
     layers: tuple[int, ...]
     horizon: int
     tensors: dict[str, np.ndarray]
-    """mean_I, whiten_IM (states to features); single_KXD; prefix_KPI, prefix_scale_I."""
+    """mean_I, whiten_IM (states to features); single_KXD; prefix_KPI, prefix_mean_I."""
     calibration: dict[str, Calibration]
     """By form."""
 

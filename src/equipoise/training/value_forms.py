@@ -123,7 +123,7 @@ def efficiency(q_AK: np.ndarray, actions: Actions, targets: Targets, states: Sta
 def fit_prefix(
     states: States, value_SK: np.ndarray, targets: Targets, horizon: int, config: Config
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """prefix_KPI and its scale: ridge of the teacher's V(s) on [h, p h] for open states h, and held-out R2."""
+    """prefix_KPI and prefix_mean_I: ridge of the teacher's V(s) on [h, p h] for open states h, and held-out R2."""
     flat = states.open_SLD.reshape(len(states.open_SLD), -1)
     mean_I, scale_I = flat.mean(axis=0, dtype=np.float32), np.maximum(flat.astype(np.float32).std(axis=0), 1e-3)
     live = np.flatnonzero(states.position_S > 0)
