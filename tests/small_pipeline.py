@@ -24,10 +24,10 @@ def command_lines(out: Path, model: Path, prompts: Path) -> dict[str, list[str]]
     return {
         "sample": [
             *f"sample --out {train} --model {model} --prompts {prompts} --samples 6".split(),
-            *"--sampling.max_new_tokens 8 --sampling.top_k 12 --sampling.batch_size 8".split(),
+            *["--sampling.max_new_tokens", "8", "--sampling.top_k", "12", "--sampling.batch_size", "8"],
         ],
         "score": f"score --run {train} --model {model} --rewards [{','.join(REWARDS)}] --shard 16".split(),
-        "train value": f"train value --out {values} --run {train} --value.folds 4 --value.shard_rollouts 12".split(),
+        "train value": f"train value --out {values} --run {train} --value.folds 4 --value.shard_rollouts 6".split(),
         "sweep": [
             *f"sweep --out {sweep} --values {values} --prompts {prompts} --steps 2 --samples 3 --reference_samples 4".split(),
             *f"--kl_budget 0.5 --prefix_prompts 2 --rewards [{','.join(REWARDS)}] --judges [readable]".split(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import resource
@@ -13,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_pipeline import command_lines, write_prompts
 
 from equipoise.cli import COMMANDS, _command, _parse, main
-from equipoise.runs import read_json
+from equipoise.runs import file_digest, read_json
+from small_pipeline import command_lines, write_prompts
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "scipy", "pyarrow", "matplotlib")
@@ -125,7 +124,7 @@ def test_doctor_says_what_is_there(capsys):
         ("evaluate --sweep x --best_of [a]", "best_of"),
         ("sample --out x --sampling.top_k -1", "top_k must be at least 0, got -1"),
         ("sample --out x --sampling.temperature 0", "temperature must be positive, got 0"),
-        ("train value --out x --run y --value.folds 1", "folds must be at least 2, got 1"),
+        ("train value --out x --run y --value.folds 2", "folds must be at least 3, got 2"),
         ("demo --size huge", "unknown size 'huge'; known: smoke, demo, full"),
     ],
 )
@@ -340,7 +339,7 @@ def test_values_of_another_model(small, tiny_folder, tmp_path, capsys):
 
 
 def test_rewards_other_than_the_values_were_trained_on(small, tmp_path, capsys):
-    out, lines, _ = small
+    _, lines, _ = small
     words = [*lines["sweep"], "--out", str(tmp_path / "x"), "--rewards", "[diverse,brief]"]
     assert "the values are for brief, diverse" in refused(words, capsys)
     assert not (tmp_path / "x").exists(), "said before anything is spent"
@@ -384,14 +383,28 @@ def test_results_go_to_stdout_and_progress_to_stderr(small, capsys):
 
 
 def test_every_number_traces_back_to_its_prompts(small):
-    out, _, _ = small
-    from equipoise.runs import file_digest
+    out, _, prompts = small
+    parents = {name: read_json(out / name / "manifest.json")["parents"] for name in ("train", "train/rewards", "values", "sweep")}
+    digest = {name: file_digest(out / name / "manifest.json") for name in parents}
+    assert parents == {
+        "train": {"prompts": file_digest(prompts)},
+        "train/rewards": {"rollouts": digest["train"]},
+        "values": {"rollouts": digest["train"], "rewards": digest["train/rewards"]},
+        "sweep": {"prompts": file_digest(prompts), "values": digest["values"]},
+    }
 
-    manifests = {name: read_json(out / name / "manifest.json") for name in ("train", "train/rewards", "values", "sweep")}
-    assert manifests["sweep"]["parents"] == {"values": file_digest(out / "values" / "manifest.json")}
-    assert manifests["values"]["parents"]["rewards"] == file_digest(out / "train" / "rewards" / "manifest.json")
-    assert manifests["train/rewards"]["parents"] == {"rollouts": file_digest(out / "train" / "manifest.json")}
-    assert "prompts" in manifests["train"]["parents"]
+
+def test_prompts_that_changed_since_are_named(small, tmp_path, tiny_folder, capsys):
+    """Scores pair responses with their prompts: another text under the same id would go unnoticed."""
+    _, _, prompts = small
+    mine = tmp_path / "prompts.jsonl"
+    mine.write_text(prompts.read_text())
+    lines = command_lines(tmp_path, tiny_folder, mine)
+    assert main(lines["sample"]) == 0
+    capsys.readouterr()
+    mine.write_text(prompts.read_text().replace("bread", "money"))
+    assert "another parents.prompts" in refused(lines["sample"], capsys)
+    assert f"{mine} has changed since" in refused(lines["score"], capsys)
 
 
 # --- recipes
@@ -425,9 +438,3 @@ def test_every_command_of_a_pipeline_parses(path):
     for words in lines:
         name, rest = _command(words[1:])
         _parse(name, rest)
-
-
-def test_the_recipes_are_those_of_the_pipeline():
-    text = (ROOT / "pipelines" / "embedded.sh").read_text()
-    for name in re.findall(r"recipes/(\S+?\.yaml)", text):
-        assert (ROOT / "recipes" / name).exists(), difflib.get_close_matches(name, [p.name for p in (ROOT / "recipes").iterdir()])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import prompt
-from equipoise.data.pairwise import hh_rlhf, moderation, parse_hh_dialogue, read_jsonl
+from equipoise.data.pairwise import hahackathon, hh_rlhf, matched_pairs, moderation, parse_hh_dialogue, read_jsonl
 from equipoise.data.prompts import load_prompts, split
 from equipoise.inspect_data import Data, data
 from equipoise.rewards import heads
@@ -127,22 +127,47 @@ def test_bad_lines_are_named(tmp_path):
         read_jsonl(tmp_path / "absent.jsonl")
 
 
-def test_moderation_pairs_by_nearest_length(tmp_path):
-    harmful, clean = ["h" * 10, "h" * 30, "h" * 13], ["c" * 31, "c" * 12]
-    unlabelled = {"prompt": "u" * 10, "S": None, "V": None}
-    rows = [{"prompt": t, "S": 1, "V": 0} for t in harmful] + [unlabelled] + [{"prompt": t, "S": 0, "V": None} for t in clean]
-    found = moderation(write_rows(tmp_path / "m.jsonl", *rows), "safe")
-    # The third finds both clean texts used, so both are free again.
-    assert [(len(p.rejected), len(p.chosen)) for p in found] == [(10, 12), (30, 31), (13, 12)]
-    assert [p.rejected for p in found] == harmful
+def test_texts_are_matched_by_length():
+    few, many = ["h" * 30, "h" * 10, "h" * 31, "h" * 100], ["c" * 29, "c" * 10, "c" * 34, "c" * 9]
+    found = matched_pairs(Path("f"), many[:], few, "safe")
+    # 31 would take 29 or 34: the first is taken by 30, the second is too far; nothing comes near 100.
+    assert [(len(p.chosen), len(p.rejected)) for p in found] == [(29, 30), (10, 10), (34, 31)]
+    assert [p.rejected for p in found] == few[:3]
     assert len({p.prompt.id for p in found}) == 3
     assert {p.objective for p in found} == {"safe"}
 
 
-def test_moderation_needs_both_kinds(tmp_path):
+def test_the_smaller_class_finds_partners_whichever_it_is():
+    few, many = ["a" * 20, "a" * 40], ["b" * 41, "b" * 19, "b" * 60]
+    for better, worse in ((few, many), (many, few)):
+        found = matched_pairs(Path("f"), better, worse, "x")
+        assert sorted(len(p.chosen) + len(p.rejected) for p in found) == [39, 81]
+        assert all(p.chosen in better and p.rejected in worse for p in found)
+
+
+def test_moderation_flags(tmp_path):
+    unlabelled = {"prompt": "u" * 10, "S": None, "V": None}
+    rows = [{"prompt": "h" * 10, "S": 1, "V": 0}, unlabelled, {"prompt": "c" * 10, "S": 0, "V": None}]
+    (found,) = moderation(write_rows(tmp_path / "m.jsonl", *rows), "safe")
+    assert (found.chosen, found.rejected) == ("c" * 10, "h" * 10)
+
+
+def test_both_classes_are_needed(tmp_path):
     path = write_rows(tmp_path / "m.jsonl", {"prompt": "a", "S": 0})
-    with pytest.raises(UserError, match="0 flagged and 1 unflagged"):
+    with pytest.raises(UserError, match="has 1 texts of one class and 0 of the other"):
         moderation(path, "x")
+
+
+def test_humor_rows(tmp_path):
+    path = tmp_path / "humor.csv.gz"
+    content = b'id,text,is_humor\n1,"a joke, of sorts",1\n2,"no joke, this one",0\n'
+    path.write_bytes(gzip.compress(content))
+    (found,) = hahackathon(path, "funny")
+    assert (found.chosen, found.rejected) == ("a joke, of sorts", "no joke, this one")
+    for bad in (gzip.compress(content)[:30], b"no gzip", gzip.compress(b"id,words\n1,a\n"), gzip.compress(b"id,text,is_humor\n1,\xff,1\n")):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=r"humor\.csv\.gz can't be read"):
+            hahackathon(path, "funny")
 
 
 def test_pairs_of_several_files_keep_apart(tmp_path):
@@ -151,7 +176,7 @@ def test_pairs_of_several_files_keep_apart(tmp_path):
     found = load_pairs([f"hh:{one}", f"hh:{two}"], "helpful")
     assert len({p.id for p in found}) == len(found) == 3
     for bad in (str(one), f"csv:{one}", "hh:"):
-        with pytest.raises(UserError, match=r"write KIND:FILE with one of hh, moderation"):
+        with pytest.raises(UserError, match="write KIND:FILE with one of hh, moderation, hahackathon"):
             load_pairs([bad], "helpful")
 
 

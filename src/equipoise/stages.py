@@ -267,17 +267,22 @@ class Sweep:
 
 def sweep(config: Sweep) -> Path:
     """Run the sweep and return its folder."""
+    from equipoise.data.prompts import prompts_file
     from equipoise.decoding.value_guided import PolicySampler, make_guide
     from equipoise.evaluation.sweep import sweep_point
     from equipoise.models.value_heads import ValueHeads
     from equipoise.objectives import simplex_grid
-    from equipoise.rewards import load_rewards
+    from equipoise.rewards import load_rewards, parse_name
 
     heads = ValueHeads.load(config.values / "values.safetensors")
-    sampled = _sample_config_of(config.values)
+    objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
+    if objectives != heads.objectives:
+        raise UserError(f"the values are for {', '.join(heads.objectives)}, in this order; rewards are {', '.join(objectives)}")
+    trained_on = _rollouts_of(config.values)
+    sampled = manifest_of(trained_on, "sample")["config"]
     sampling = Sampling(**sampled["sampling"])
     prompts = prompts_of(config.prompts, config.split, config.limit)
-    seen = {p.text for p in prompts_of(sampled["prompts"], sampled["split"], sampled["limit"])}
+    seen = {p.text for p in _prompts_of_run(trained_on, "sample")}
     leaked = [p.id for p in prompts if p.text in seen]
     if leaked:
         raise UserError(f"prompt {leaked[0]!r} and {len(leaked) - 1} more were used to train the values; sweep another split")
@@ -303,9 +308,9 @@ def sweep(config: Sweep) -> Path:
     return config.out
 
 
-def _sample_config_of(values: Path) -> dict[str, Any]:
-    """Config of the `sample` run that value heads were trained on."""
-    return dict(manifest_of(Path(manifest_of(values, "train value")["config"]["run"]), "sample")["config"])
+def _rollouts_of(values: Path) -> Path:
+    """The `sample` folder that value heads were trained on."""
+    return Path(manifest_of(values, "train value")["config"]["run"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +343,7 @@ def evaluate(config: Evaluate) -> Path:
     values = Path(manifest["config"]["values"])
     if file_digest(values / "manifest.json") != manifest["parents"]["values"]:
         raise UserError(f"{values} was trained again since {config.sweep} was made; run the sweep again in another folder")
-    sampled = _sample_config_of(values)
+    sampled = manifest_of(_rollouts_of(values), "sample")["config"]
     swept = manifest["config"]
     prompts = {p.id: p for p in _prompts_of_run(config.sweep, "sweep")}
     result = evaluation_of(config.sweep, values, prompts, swept, _settings(config))
@@ -354,7 +359,7 @@ def evaluate(config: Evaluate) -> Path:
 def _files(folder: Path, values: Path, manifest: dict[str, Any]) -> list[dict[str, str]]:
     """Every file a number rests on, with its digest."""
     trained = manifest_of(values, "train value")
-    rollouts = Path(trained["config"]["run"])
+    rollouts = _rollouts_of(values)
     rows = [{"path": str(folder / name), "sha256": digest, "what": "sweep"} for name, digest in manifest["outputs"].items()]
     rows += [{"path": str(values / name), "sha256": digest, "what": "value heads"} for name, digest in trained["outputs"].items()]
     for part in (folder, values, rollouts, rollouts / "rewards"):

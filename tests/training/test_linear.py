@@ -96,6 +96,35 @@ def test_cross_validation_by_hand():
     np.testing.assert_allclose(refit(moments, chosen, same), expected, atol=1e-10)
 
 
+def test_targets_of_their_own_for_each_fold():
+    """Fold f is fitted to and judged by copy f of the targets, and by nothing of the others."""
+    copies = [Y, RNG.normal(size=Y.shape), RNG.normal(size=Y.shape)]
+    grid = (0.001, 0.1, 10.0)
+    moments = fold_moments([(X, np.concatenate(copies, axis=1), WEIGHT, FOLD)], FOLDS)
+    chosen, held_B, r2_K = cross_validate(moments, grid, same, per_fold=True)
+    errors, total = np.zeros((len(grid), TARGETS)), np.zeros(TARGETS)
+    fits = {}
+    for fold, y in enumerate(copies):
+        rest, held = fold != FOLD, fold == FOLD
+        total += (WEIGHT[held, None] * y[held] ** 2).sum(axis=0)
+        for i, l2 in enumerate(grid):
+            fits[l2, fold] = by_rows(X[rest], y[rest], WEIGHT[rest], same(l2))
+            errors[i] += (WEIGHT[held, None] * (y[held] - X[held] @ fits[l2, fold]) ** 2).sum(axis=0)
+    assert chosen == [grid[i] for i in errors.argmin(axis=0)]
+    for fold in range(FOLDS):
+        for k in range(TARGETS):
+            np.testing.assert_allclose(held_B[fold][:, k], fits[chosen[k], fold][:, k], atol=1e-10)
+    np.testing.assert_allclose(r2_K, 1 - errors.min(axis=0) / total)
+
+
+def test_a_fit_without_some_folds():
+    moments = fold_moments(in_blocks(16), FOLDS)
+    kept = FOLD == 1
+    found = refit(moments, [0.1, 10.0], same, without=(0, 2))
+    for k, l2 in enumerate((0.1, 10.0)):
+        np.testing.assert_allclose(found[:, k], by_rows(X[kept], Y[kept], WEIGHT[kept], same(l2))[:, k], atol=1e-10)
+
+
 def test_each_target_gets_its_own_penalty():
     """One target is noise, so that the heaviest penalty wins; the other is exact, so that the lightest does."""
     rng = np.random.default_rng(1)

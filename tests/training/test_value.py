@@ -43,7 +43,7 @@ def count(rollouts: list[Rollout]) -> np.ndarray:
 
 
 def as_rewards(reward_NK: np.ndarray, rollouts: list[Rollout]) -> Rewards:
-    names = tuple(TOKENS)[: reward_NK.shape[1]]
+    names = (*TOKENS, *(f"noise{k}" for k in range(99)))[: reward_NK.shape[1]]
     return Rewards(reward_NK=reward_NK, objectives=names, rollout_ids=tuple(r.id for r in rollouts), digest=rollouts_digest(rollouts))
 
 
@@ -143,25 +143,41 @@ def test_fewer_prompts_than_folds_are_refused():
         make_targets([rollout("p0", True), rollout("p1", True)], np.zeros((2, 1)), 5, 0)
 
 
+def twice(value_SK: np.ndarray) -> np.ndarray:
+    """The same values, whichever of two folds is left out."""
+    return np.stack([value_SK, value_SK])
+
+
 def test_actions_by_hand():
     states, rollouts = made_up()
-    z = np.array([[2.0], [1.0], [4.0], [np.nan]])
-    targets = make_targets(rollouts, z, folds=2, seed=0)
+    targets = make_targets(rollouts, np.array([[2.0], [1.0], [4.0], [np.nan]]), folds=2, seed=0)
     np.testing.assert_array_equal(targets.centred_RK[:, 0], [-1, 0, 1, np.nan])
-    value_SK = np.array([[0.5, 0.25, 0.125, 10, 20, 40, 80, 7, 1, 2, 3]]).T
-    actions = make_actions(states, targets, value_SK)
+    actions = make_actions(states, targets, twice(np.array([[0.5, 0.25, 0.125, 10, 20, 40, 80, 7, 1, 2, 3]]).T))
     assert actions.state_A.tolist() == [0, 1, 2, 3, 4, 5, 7]
     assert actions.token_A.tolist() == [5, 6, 2, 5, 5, 7, 2]
     # An end is worth the reward; at the cap, the value of the last state; the unscored rollout teaches nothing.
     expected = [0.25 - 0.5, 0.125 - 0.25, -1 - 0.125, 20 - 10, 40 - 20, 80 - 40, 1 - 7]
     np.testing.assert_allclose(actions.advantage_AK[:, 0], expected)
+    np.testing.assert_allclose(actions.blind_AFK[:, 1, 0], expected)
+
+
+def test_heads_learn_from_teachers_that_never_saw_the_tokens_fold():
+    states, rollouts = made_up()
+    targets = make_targets(rollouts, np.array([[2.0], [1.0], [4.0], [3.0]]), folds=2, seed=0)
+    value_FSK = np.random.default_rng(0).normal(size=(2, 11, 1))
+    actions = make_actions(states, targets, value_FSK)
+    for fold in (0, 1):
+        alone = make_actions(states, targets, twice(value_FSK[fold]))
+        mine = targets.fold_R[states.rollout_S[actions.state_A]] == fold
+        np.testing.assert_array_equal(actions.blind_AFK[:, fold], alone.advantage_AK)
+        np.testing.assert_array_equal(actions.advantage_AK[mine], alone.advantage_AK[mine])
 
 
 def test_advantages_of_a_response_add_up_to_its_reward_less_what_was_expected():
     states, rollouts = made_up()
     targets = make_targets(rollouts, np.array([[2.0], [1.0], [4.0], [3.0]]), folds=2, seed=0)
     value_SK = np.random.default_rng(0).normal(size=(11, 1))
-    actions = make_actions(states, targets, value_SK)
+    actions = make_actions(states, targets, twice(value_SK))
     total_R = np.bincount(states.rollout_S[actions.state_A], actions.advantage_AK[:, 0])
     begun = np.flatnonzero(states.position_S == 0)
     ends = np.where(targets.stopped_R, targets.centred_RK[:, 0], value_SK[[2, 6, 7, 10], 0])
@@ -171,7 +187,7 @@ def test_advantages_of_a_response_add_up_to_its_reward_less_what_was_expected():
 def test_efficiency_by_hand():
     states, rollouts = made_up()
     targets = make_targets(rollouts, np.array([[2.0], [1.0], [4.0], [np.nan]]), folds=2, seed=0)  # centred: -1, 0, 1, unscored
-    actions = Actions(np.array([0, 1, 2, 3, 4, 5, 7]), np.zeros(7), np.zeros((7, 1)))
+    actions = Actions(np.array([0, 1, 2, 3, 4, 5, 7]), np.zeros(7), np.zeros((7, 1)), np.zeros((7, 2, 1)))
     q = np.array([[-0.5, -0.5, -1.0, 0.5, -0.5, 0.0, 3.0]]).T  # sums -2, 0, 3
     sums, rewards = np.array([-2.0, 0.0, 3.0]), np.array([-1.0, 0.0, 1.0])
     assert efficiency(q, actions, targets, states) == pytest.approx([np.corrcoef(sums, rewards)[0, 1]])
@@ -245,18 +261,21 @@ def test_a_damaged_shard_of_states_is_named(tiny_lm, rollouts, tmp_path):
         encode_states(tiny_lm, BY_ID, rollouts[:20], plan_of(tiny_lm), tmp_path, 16)
 
 
-def test_the_teacher_never_saw_the_prompt_it_values(tiny_lm, rollouts, tmp_path):
-    """Other rewards for one fold's prompts change the values of every other fold and not one bit of its own."""
+@pytest.mark.parametrize("changed", [0, 2])
+def test_the_teacher_never_saw_the_prompts_that_it_was_kept_from(tiny_lm, rollouts, tmp_path, changed):
+    """Other rewards for one fold's prompts don't touch the values at its states, nor any value that left the fold out."""
     states = encode_states(tiny_lm, BY_ID, rollouts, plan_of(tiny_lm), tmp_path, 512)
     config = replace(CONFIG, l2_teacher=(1.0,))
     z = count(rollouts)
     before = make_targets(rollouts, z, 5, 0)
-    held = before.fold_R == 2
+    held = before.fold_R == changed
     after = make_targets(rollouts, np.where(held[:, None], np.random.default_rng(0).normal(size=z.shape), z), 5, 0)
-    values = [fit_teacher(states, 0, targets, 10, config)[0] for targets in (before, after)]
+    one, other = (fit_teacher(states, 0, targets, 10, config)[0] for targets in (before, after))
     mine = held[states.rollout_S]
-    np.testing.assert_allclose(values[0][mine], values[1][mine], atol=1e-9)
-    assert np.abs(values[0][~mine] - values[1][~mine]).max() > 0.01
+    np.testing.assert_allclose(one[:, mine], other[:, mine], atol=1e-9)
+    np.testing.assert_allclose(one[changed], other[changed], atol=1e-9)
+    for fold in {*range(5)} - {changed}:
+        assert np.abs(one[fold, ~mine] - other[fold, ~mine]).max() > 0.01
 
 
 # --- the whole
@@ -274,12 +293,15 @@ def test_held_out_figures_are_clearly_positive(trained):
         assert min(quality[form]["r2"]) > 0.2
 
 
-def test_figures_on_noise_are_near_zero(tiny_lm, rollouts, tmp_path):
-    reward_NK = np.random.default_rng(0).normal(size=(len(rollouts), 2))
-    fit(tiny_lm, rollouts, reward_NK, tmp_path)
+@pytest.mark.parametrize("l2", [CONFIG.l2_teacher, (0.01,)])
+def test_figures_on_noise_are_near_zero(tiny_lm, rollouts, tmp_path, l2):
+    """Also where the teacher learns its rewards by heart: what is stated rests on prompts that no fit behind it has seen."""
+    reward_NK = np.random.default_rng(0).normal(size=(len(rollouts), 16))
+    fit(tiny_lm, rollouts, reward_NK, tmp_path, replace(CONFIG, l2_teacher=l2))
     quality = read_json(tmp_path / "quality.json")
-    assert np.abs(quality["teacher"]["r2"]).max() < 0.02
-    assert np.abs(quality["single-pass"]["efficiency"]).max() < 0.2
+    assert max(quality["teacher"]["r2"]) < 0.02
+    assert abs(np.mean(quality["single-pass"]["efficiency"])) < 0.05
+    assert np.abs(quality["single-pass"]["efficiency"]).max() < 0.25
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0])
@@ -348,7 +370,7 @@ def test_layers_are_checked(tiny_lm, rollouts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "says"), [({"folds": 1}, "folds"), ({"l2_teacher": ()}, "l2_teacher"), ({"l2_heads": (1.0, -1.0)}, "l2_heads")]
+    ("bad", "says"), [({"folds": 2}, "folds"), ({"l2_teacher": ()}, "l2_teacher"), ({"l2_heads": (1.0, -1.0)}, "l2_heads")]
 )
 def test_settings_are_checked(bad, says):
     with pytest.raises(UserError, match=says):

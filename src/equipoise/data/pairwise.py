@@ -79,6 +79,9 @@ def hh_rlhf(path: Path, objective: str) -> list[Pair]:
 def moderation(path: Path, objective: str) -> list[Pair]:
     """Harmless against harmful texts of the OpenAI moderation set (columns `prompt` and one flag per harm)."""
     rows = read_jsonl(path)
+    for index, row in enumerate(rows):
+        if not isinstance(row.get("prompt"), str):
+            raise UserError(f"{path}: row {index + 1} has no text `prompt`; the moderation set has prompt and one flag per harm")
     flags = [[v for k, v in row.items() if k != "prompt" and v is not None] for row in rows]
     harmful = [row["prompt"] for row, flag in zip(rows, flags, strict=True) if any(flag)]
     clean = [row["prompt"] for row, flag in zip(rows, flags, strict=True) if flag and not any(flag)]
@@ -91,7 +94,7 @@ def hahackathon(path: Path, objective: str) -> list[Pair]:
     try:
         with opener(path, "rt", encoding="utf-8", newline="") as handle:
             rows = [(row["text"], row["is_humor"]) for row in csv.DictReader(handle)]
-    except (OSError, EOFError, KeyError) as error:
+    except (OSError, EOFError, KeyError, ValueError, csv.Error, zlib.error) as error:
         raise UserError(f"{path} can't be read as HaHackathon: it needs the columns text and is_humor ({error})") from None
     return matched_pairs(path, [t for t, flag in rows if flag == "1"], [t for t, flag in rows if flag == "0"], objective)
 

@@ -48,9 +48,7 @@ def load_rewards(names: Sequence[str], lm: LanguageModel | None) -> list[Reward]
 
     rewards = []
     for entry in names:
-        alias, _, spec = entry.partition("=") if "=" in entry.split(":", 1)[0] else (entry, "", entry)
-        if not alias and spec:
-            raise UserError(f"the reward {entry!r} has no name: write objective=SCORER or SCORER")
+        alias, spec = parse_name(entry)
         reward = _load(spec, featurisers)
         reward.name = alias
         rewards.append(reward)
@@ -58,6 +56,20 @@ def load_rewards(names: Sequence[str], lm: LanguageModel | None) -> list[Reward]
     if duplicates:
         raise UserError(f"objective {sorted(duplicates)[0]!r} is named twice")
     return rewards
+
+
+def parse_name(entry: str) -> tuple[str, str]:
+    """(objective, scorer) of "objective=SCORER" or "SCORER".
+
+    >>> parse_name("safe=head:l2=1/head.safetensors"), parse_name("head:l2=1/head.safetensors")[0]
+    (('safe', 'head:l2=1/head.safetensors'), 'head:l2=1/head.safetensors')
+    """
+    if "=" not in entry.split(":", 1)[0]:
+        return entry, entry
+    alias, _, spec = entry.partition("=")
+    if not alias:
+        raise UserError(f"the reward {entry!r} has no name: write objective=SCORER or SCORER")
+    return alias, spec
 
 
 def _load(spec: str, featurisers: Callable[[str], Featuriser]) -> Reward:

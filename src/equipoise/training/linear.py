@@ -39,6 +39,13 @@ class Moments:
         total.yy, total.count = self.yy + other.yy, self.count + other.count
         return total
 
+    def targets(self, picked: slice) -> Moments:
+        """The same rows, with these of the targets."""
+        some = Moments(0, 0)
+        some.xx, some.count = self.xx, self.count
+        some.xy, some.yy = self.xy[:, picked], self.yy[picked]
+        return some
+
     def solve(self, l2_D: Float[np.ndarray, " D"]) -> Float[np.ndarray, "D K"]:
         """B [D, K] of the equation above."""
         from scipy.linalg import cho_factor, cho_solve
@@ -66,31 +73,43 @@ def fold_moments(blocks: Iterable[Block], folds: int) -> list[Moments]:
 
 
 def cross_validate(
-    moments: Sequence[Moments], grid: Sequence[float], penalty: Callable[[float], Float[np.ndarray, " D"]]
+    moments: Sequence[Moments],
+    grid: Sequence[float],
+    penalty: Callable[[float], Float[np.ndarray, " D"]],
+    per_fold: bool = False,
 ) -> tuple[list[float], list[Float[np.ndarray, "D K"]], Float[np.ndarray, " K"]]:
     """Choose one penalty per target by held-out squared error over the folds.
 
     Returns the chosen values per target, the held-out fits (B [D, K] per fold, each target at its chosen value) and the
-    held-out R2 per target (against predicting 0).
+    held-out R2 per target (against predicting 0). With `per_fold` there is a copy of the K targets for each fold, in the
+    order of the folds, and what is held out is fitted to and judged by its own: for targets that come from a fit
+    themselves, which must not have seen the fold either.
     """
     total = sum(moments[1:], moments[0])
+    count = len(total.yy) // (len(moments) if per_fold else 1)
+    own = [slice(f * count, (f + 1) * count) if per_fold else slice(count) for f in range(len(moments))]
+    judges = [fold.targets(mine) for fold, mine in zip(moments, own, strict=True)]
     errors, fits = [], []
     for l2 in grid:
-        held = [_without(total, fold).solve(penalty(l2)) for fold in moments]
-        errors.append(sum(fold.squared_error(B) for fold, B in zip(moments, held, strict=True)))
+        held = [_without(total, fold).targets(mine).solve(penalty(l2)) for fold, mine in zip(moments, own, strict=True)]
+        errors.append(sum(judge.squared_error(B) for judge, B in zip(judges, held, strict=True)))
         fits.append(held)
     error_LK = np.array(errors)
     best_K = error_LK.argmin(axis=0)
     chosen = [np.stack([fits[best_K[k]][f][:, k] for k in range(len(best_K))], axis=1) for f in range(len(moments))]
-    r2_K = 1 - error_LK[best_K, range(len(best_K))] / np.maximum(total.yy, 1e-30)
+    r2_K = 1 - error_LK[best_K, range(len(best_K))] / np.maximum(sum(judge.yy for judge in judges), 1e-30)
     return [grid[b] for b in best_K], chosen, r2_K
 
 
 def refit(
-    moments: Sequence[Moments], l2_K: Sequence[float], penalty: Callable[[float], Float[np.ndarray, " D"]]
+    moments: Sequence[Moments],
+    l2_K: Sequence[float],
+    penalty: Callable[[float], Float[np.ndarray, " D"]],
+    without: Sequence[int] = (),
 ) -> Float[np.ndarray, "D K"]:
-    """B [D, K] on all folds, each target at its own penalty."""
-    total = sum(moments[1:], moments[0])
+    """B [D, K] on all folds but those `without`, each target at its own penalty."""
+    kept = [fold for index, fold in enumerate(moments) if index not in without]
+    total = sum(kept[1:], kept[0])
     by_value = {l2: total.solve(penalty(l2)) for l2 in set(l2_K)}
     return np.stack([by_value[l2][:, k] for k, l2 in enumerate(l2_K)], axis=1)
 

@@ -5,10 +5,11 @@
     prefix        v_k(s + a) ~ V_k(s + a)                 ridge of the teacher on the open state of s + a
 
 z_k: reward in standard deviations of the reference's rollouts, less its prompt's mean (only differences within a prompt
-can be steered). Every choice of a penalty and every stated figure is held out by prompt, and heads learn from teachers
-that never saw their prompt. `efficiency` is the correlation, over held-out rollouts, of z_k with the summed advantages
-of the drawn tokens, S = sum_t [q(s_t, a_t) - E_a q(s_t, a)]: to first order a tilt by q gains sd(z) * efficiency *
-sqrt(2 KL), so it says what a nat will buy before anything is steered.
+can be steered). Every choice of a penalty and every stated figure is held out by prompt: heads learn from teachers that
+never saw their prompt, and what is stated of a fold of prompts rests on teachers that never saw that fold either.
+`efficiency` is the correlation, over held-out rollouts, of z_k with the summed advantages of the drawn tokens,
+S = sum_t [q(s_t, a_t) - E_a q(s_t, a)]: to first order a tilt by q gains sd(z) * efficiency * sqrt(2 KL), so it says what
+a nat will buy before anything is steered.
 
 Paper: MAVIS (arXiv 2508.13415); single-pass form in the manner of Q-heads (VAS, arXiv 2406.04147 discusses the cost).
 Departures: rewards are standardised; no language model is fine-tuned: heads are linear in the policy's own states and
@@ -65,8 +66,8 @@ class Config:
     """Of the folds."""
 
     def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise UserError(f"folds must be at least 2, got {self.folds}")
+        if self.folds < 3:  # one that is stated, one that is valued, and one to learn from
+            raise UserError(f"folds must be at least 3, got {self.folds}")
         for name in ("l2_teacher", "l2_heads"):
             if not getattr(self, name) or min(getattr(self, name)) <= 0:
                 raise UserError(f"{name} must hold positive penalties, got {getattr(self, name)}")
@@ -86,7 +87,7 @@ def train(
     normaliser = Normaliser.fit(rewards.objectives, rewards.reward_NK)
     targets = make_targets(rollouts, normaliser(rewards.reward_NK), config.folds, config.seed)
     whole_R = np.isfinite(targets.centred_RK).all(axis=1)
-    if len(set(targets.fold_R[whole_R])) < 2:
+    if len(set(targets.fold_R[whole_R])) < 3:
         names = ", ".join(rewards.objectives)
         raise UserError(f"{whole_R.sum()} of {len(rollouts)} rollouts are scored on all of {names}: too few prompts to hold some out")
     middle = max(1, lm.num_layers // 2)
@@ -98,10 +99,11 @@ def train(
     plan = Plan(layers=layers, top_k=sampling["top_k"], temperature=sampling["temperature"], whole_sentences=sampling["whole_sentences"])
     horizon = int(sampling["max_new_tokens"])
     states = encode_states(lm, prompts, rollouts, plan, run.folder / "states", config.shard_rollouts, progress)
-    value_SK, teacher = fit_teacher(states, layers.index(config.teacher_layer or middle), targets, horizon, config)
-    actions = make_actions(states, targets, value_SK)
+    value_FSK, teacher = fit_teacher(states, layers.index(config.teacher_layer or middle), targets, horizon, config)
+    actions = make_actions(states, targets, value_FSK)
     design = SinglePass(lm, states, horizon, config)
     single_KXD, single = fit_single_pass(design, actions, targets, states, config)
+    value_SK = value_FSK[targets.fold_R[states.rollout_S], np.arange(len(states.token_S))]
     prefix_tensors, prefix = fit_prefix(states, value_SK, targets, horizon, config)
     calibration = {
         "single-pass": calibrate_single_pass(design, single_KXD, states, targets, config),

@@ -90,21 +90,24 @@ def fit_single_pass(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """single_KXD and its figures: held-out R2 of the advantage, and `efficiency` on held-out rollouts."""
     fold_A = targets.fold_R[states.rollout_S[actions.state_A]]
+    count = actions.advantage_AK.shape[1]
+    y_AK = np.concatenate([actions.advantage_AK, actions.blind_AFK.reshape(len(fold_A), -1)], axis=1)
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         for rows in blocks_of(np.arange(len(fold_A))):
-            yield design.rows(actions.state_A[rows], actions.token_A[rows]), actions.advantage_AK[rows], np.ones(len(rows)), fold_A[rows]
+            yield design.rows(actions.state_A[rows], actions.token_A[rows]), y_AK[rows], np.ones(len(rows)), fold_A[rows]
 
     moments = fold_moments(blocks(), config.folds)
     some = next(fold for fold in moments if fold.count)
-    l2_K, held, r2_K = cross_validate(moments, config.l2_heads, lambda l2: design.penalty(l2, some))
+    blind = [fold.targets(slice(count, None)) for fold in moments]
+    l2_K, held, r2_K = cross_validate(blind, config.l2_heads, lambda l2: design.penalty(l2, some), per_fold=True)
     q_AK = np.zeros_like(actions.advantage_AK)
     for rows in blocks_of(np.arange(len(fold_A))):
         x = design.rows(actions.state_A[rows], actions.token_A[rows])
         for fold in np.unique(fold_A[rows]):
             mine = fold_A[rows] == fold
             q_AK[rows[mine]] = x[mine] @ held[fold]
-    B_FK = refit(moments, l2_K, lambda l2: design.penalty(l2, some))
+    B_FK = refit([fold.targets(slice(count)) for fold in moments], l2_K, lambda l2: design.penalty(l2, some))
     return design.unpack(B_FK), {"l2": l2_K, "r2": r2_K, "efficiency": efficiency(q_AK, actions, targets, states)}
 
 

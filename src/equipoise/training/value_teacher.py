@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from equipoise.training.linear import Moments, cross_validate, fold_moments
+from equipoise.training.linear import Moments, cross_validate, fold_moments, refit
 from equipoise.training.value_states import NO_TOKEN, States
 from equipoise.types import Rollout, UserError
 
@@ -84,9 +84,9 @@ class TeacherFeatures:
 
 
 def fit_teacher(states: States, layer: int, targets: Targets, horizon: int, config: Config) -> tuple[np.ndarray, dict[str, Any]]:
-    """V(s) of every state by the fit that left its prompt's fold out, [S, K], and the teacher's figures.
+    """V(s) of every state by the fits that left out its prompt's fold and fold f, [F, S, K], and the teacher's figures.
 
-    Rollouts with an unscored objective are left out of the fit.
+    At its own fold only that one is left out. Rollouts with an unscored objective are left out of all fits.
     """
     features = TeacherFeatures(states, layer, horizon)
     fold_S, y_SK = targets.fold_R[states.rollout_S], targets.centred_RK[states.rollout_S]
@@ -99,13 +99,18 @@ def fit_teacher(states: States, layer: int, targets: Targets, horizon: int, conf
     moments = fold_moments(blocks(), config.folds)
     some = next(fold for fold in moments if fold.count)
     l2_K, held, r2_K = cross_validate(moments, config.l2_teacher, lambda l2: relative_penalty(l2, some))
-    value_SK = np.empty_like(y_SK)
+    fits = {(f, f): B_DK for f, B_DK in enumerate(held)}
+    for pair in itertools.combinations(range(config.folds), 2):
+        fits[pair] = fits[pair[::-1]] = refit(moments, l2_K, lambda l2: relative_penalty(l2, some), without=pair)
+    value_FSK = np.empty((config.folds, *y_SK.shape))
     for rows in blocks_of(np.arange(len(y_SK))):
         x = features.rows(rows)
         for fold in np.unique(fold_S[rows]):
             mine = fold_S[rows] == fold
-            value_SK[rows[mine]] = x[mine] @ held[fold]
-    return value_SK, {"l2": l2_K, "r2": r2_K, "r2_by_position": _by_position(states, scored_S, y_SK, value_SK, horizon)}
+            for f in range(config.folds):
+                value_FSK[f, rows[mine]] = x[mine] @ fits[f, fold]
+    value_SK = value_FSK[fold_S, np.arange(len(y_SK))]
+    return value_FSK, {"l2": l2_K, "r2": r2_K, "r2_by_position": _by_position(states, scored_S, y_SK, value_SK, horizon)}
 
 
 def relative_penalty(l2: float, moments: Moments) -> np.ndarray:
@@ -138,16 +143,21 @@ class Actions:
     state_A: np.ndarray
     token_A: np.ndarray
     advantage_AK: np.ndarray
+    """By teachers that never saw the token's own fold: what heads learn from."""
+    blind_AFK: np.ndarray
+    """By teachers that never saw fold f either: what is held out from fold f's prompts learns from these."""
 
 
-def make_actions(states: States, targets: Targets, value_SK: np.ndarray) -> Actions:
+def make_actions(states: States, targets: Targets, value_FSK: np.ndarray) -> Actions:
     """V(s + a) - V(s) of the drawn tokens; the end of a turn is worth the reward it was given.
 
     At the cap the teacher's V stands in for the reward: it already knows what will be scored there, without the noise.
     """
     drawn = np.flatnonzero(states.token_S != NO_TOKEN)
     last = np.append(states.rollout_S[1:] != states.rollout_S[:-1], True)[drawn]  # rollouts are stored in order
-    after = np.where(last[:, None], targets.centred_RK[states.rollout_S[drawn]], value_SK[np.minimum(drawn + 1, len(value_SK) - 1)])
-    advantage = after - value_SK[drawn]
-    scored = np.isfinite(advantage).all(axis=1) & np.isfinite(targets.centred_RK[states.rollout_S[drawn]]).all(axis=1)
-    return Actions(drawn[scored], states.token_S[drawn[scored]], advantage[scored])
+    reward_AK = targets.centred_RK[states.rollout_S[drawn]]
+    drawn, last, reward_AK = (part[np.isfinite(reward_AK).all(axis=1)] for part in (drawn, last, reward_AK))
+    after_FAK = np.where(last[:, None], reward_AK, value_FSK[:, np.minimum(drawn + 1, len(states.token_S) - 1)])
+    blind_AFK = (after_FAK - value_FSK[:, drawn]).transpose(1, 0, 2)
+    fold_A = targets.fold_R[states.rollout_S[drawn]]
+    return Actions(drawn, states.token_S[drawn], blind_AFK[np.arange(len(drawn)), fold_A], blind_AFK)
