@@ -114,7 +114,7 @@ class Score:
     run: Path
     """A `sample` folder; scores go into its `rewards` folder."""
     rewards: tuple[str, ...] = ("helpful", "harmless")
-    """Scorers, see `equipoise score --list`; objective=SCORER renames one."""
+    """Scorers by name (`rewards/__init__.py` lists them); objective=SCORER renames one."""
     model: str = "smollm2"
     """Model behind heads on hidden states."""
     shard: int = 256
