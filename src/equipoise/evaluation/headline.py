@@ -69,8 +69,10 @@ def _comparison(opening: str, rows: Sequence[Mapping[str, Any]], key: str, unit:
     lost = [row for row in scored if verdict(row) == row["other"]]
     behind = ", ".join(f"{row['other']} on {row['objective']} at {decimal(row.get(key))}{unit}" for row in lost[:_LISTED])
     more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
+    names = list(dict.fromkeys(row["ours"] for row in scored))
     return (
-        f"{opening}, {scored[0]['ours']} is ahead in {ours} of {len(scored)} comparisons, behind in {len(lost)}"
+        f"{opening}, {_listing(names, ', ')} {'is' if len(names) == 1 else 'are'} "
+        f"ahead in {ours} of {len(scored)} comparisons, behind in {len(lost)}"
         f"{f' ({behind}{more})' if lost else ''} and undecided in {len(scored) - ours - len(lost)}."
     )
 
