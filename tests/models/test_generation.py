@@ -12,8 +12,8 @@ from scipy.special import log_softmax, logsumexp
 from scipy.stats import chisquare
 
 from conftest import prompt
-from equipoise.models.chat import prompt_ids
-from equipoise.models.generation import Sampling, generate, row_uniforms, whole_sentences
+from equipoise.models.chat import prompt_ids, whole_sentences
+from equipoise.models.generation import Sampling, generate, row_uniforms
 from equipoise.types import Prompt, Request, UserError
 
 PROMPTS = (prompt("long", "d a b c . a"), prompt("short", "c"), prompt("middle", "a b d"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from equipoise.types import Prompt, UserError
+
+_SENTENCE_END = re.compile(r"((?<!\d)\.|[!?])[\"')\]*\u201d\u2019]*$")
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -25,3 +29,20 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 def response_ids(tokenizer: Any, response: str) -> list[int]:
     """Token ids of a finished response: its text, then the end-of-turn token."""
     return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def whole_sentences(tokenizer: Any, tokens: Sequence[int]) -> int:
+    """Number of leading tokens that end with the last whole sentence; all of them where there is none.
+
+    A sentence ends with . ! ? or a closing quote or bracket after one; a full stop after a digit (a list number, a
+    decimal) doesn't count. Rewards of a text cut in mid-sentence say more about the cut than about the answer.
+    """
+    for count in range(len(tokens), 0, -1):
+        if ends_sentence(tokenizer, tokens[:count]):
+            return count
+    return len(tokens)
+
+
+def ends_sentence(tokenizer: Any, tokens: Sequence[int]) -> bool:
+    """Whether the text of the tokens ends with a whole sentence."""
+    return bool(_SENTENCE_END.search(tokenizer.decode(tokens, skip_special_tokens=True).rstrip()))

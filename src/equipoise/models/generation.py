@@ -16,22 +16,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from equipoise.models.chat import prompt_ids
+from equipoise.models.chat import prompt_ids, whole_sentences
 from equipoise.types import Request, Rollout, UserError
 
 if TYPE_CHECKING:
     import torch
 
     from equipoise.models.loading import LanguageModel
-
-_SENTENCE_END = re.compile(r"((?<!\d)\.|[!?])[\"')\]*\u201d\u2019]*$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,23 +359,6 @@ def _record(
         row.ref_logprobs.append(ref_logprob)
         row.kl += kl
         row.kl_floor += floor
-
-
-def whole_sentences(tokenizer: Any, tokens: Sequence[int]) -> int:
-    """Number of leading tokens that end with the last whole sentence; all of them where there is none.
-
-    A sentence ends with . ! ? or a closing quote or bracket after one; a full stop after a digit (a list number, a
-    decimal) doesn't count. Rewards of a text cut in mid-sentence say more about the cut than about the answer.
-    """
-    for count in range(len(tokens), 0, -1):
-        if ends_sentence(tokenizer, tokens[:count]):
-            return count
-    return len(tokens)
-
-
-def ends_sentence(tokenizer: Any, tokens: Sequence[int]) -> bool:
-    """Whether the text of the tokens ends with a whole sentence."""
-    return bool(_SENTENCE_END.search(tokenizer.decode(tokens, skip_special_tokens=True).rstrip()))
 
 
 def _finish(row: _Row, lm: LanguageModel, guided: int, whole: bool) -> Rollout:

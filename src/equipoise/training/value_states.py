@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from equipoise.models.chat import prompt_ids
-from equipoise.models.generation import ends_sentence
+from equipoise.models.chat import ends_sentence, prompt_ids
 from equipoise.models.trees import TokenTree, tree_states
 from equipoise.runs import write_atomic
 from equipoise.types import Prompt, Rollout, UserError
