@@ -14,7 +14,7 @@ _SENTENCE_END = re.compile(r"((?<!\d)\.|[!?])[\"')\]*\u201d\u2019]*$")
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of a prompt up to where the assistant's answer begins.
 
-    Uses the tokenizer's chat template; a base model without one gets `role: content` lines. Raises `ValueError` for an
+    Uses the tokenizer's chat template; a base model without one gets `role: content` lines. Raises `UserError` for an
     empty conversation or an empty last turn.
     """
     if not prompt.messages or not prompt.text.strip():

@@ -6,7 +6,7 @@ tokens are the candidates C_t, and a guide may add `shift_BC` (nats) to their lo
     pi(a | s_t) = pi_ref(a | s_t) exp(shift(a)) / sum_{b in C_t} pi_ref(b | s_t) exp(shift(b)),   a in C_t.
 
 Then KL(pi || pi_ref) = KL(pi || pi_ref restricted to C_t) + (-log pi_ref(C_t)) holds exactly at every step; the two parts
-are summed apart, as `kl` (the price of the tilt) and `kl_floor` (the price of top-k, the same for every method).
+are summed apart, as `kl` (the price of the tilt) and `kl_floor` (the price of top-k, which every method pays).
 
 Every row has its own random numbers, fixed by its seed, and its own weights: what a row draws does not depend on its
 batch. Tokens are drawn by inverting the CDF of the candidates in order of pi_ref, so that equal seeds couple methods.
@@ -184,7 +184,7 @@ def generate(
 ) -> list[Rollout]:
     """Sample one response per request, in the order of the requests.
 
-    Prompts of similar length share a batch. `progress` is told of every finished response. Raises `ValueError` for an
+    Prompts of similar length share a batch. `progress` is told of every finished response. Raises `UserError` for an
     empty prompt, one that leaves no room for the response, or weights of the wrong length.
     """
     import torch

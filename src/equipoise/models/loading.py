@@ -83,7 +83,7 @@ def packaged_smollm2() -> Path | None:
 def load_model(name: str = "smollm2", *, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False) -> LanguageModel:
     """Load `name`: "smollm2", a `.gguf` file, a local folder or a Hub id. Safetensors only.
 
-    Raises `ValueError` naming what was not found and the command that mends it.
+    Raises `UserError` naming what was not found and the command that mends it.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
