@@ -1,10 +1,15 @@
 """Tokens per second of the token loop: plain, guided in two forms, and transformers' `generate`, on the same prompts.
 
     python benchmarks/decode.py [--quick] [--model smollm2] [--tokens 32] [--rounds 5]
+    python benchmarks/decode.py --refill [--prompts 64] [--cap 128] [--batch 8]
 
 Every way makes the same number of tokens per row (the end of turn is switched off), from the same ragged prompts, with
 the same top k; ways take turns within a round and each ratio is the median over rounds, so that a noisy machine hurts
 all of them alike. The heads are randomly filled: their cost doesn't depend on what they know. The last line is JSON.
+
+`--refill` measures instead what it is worth that waiting prompts take the places of finished rows: all requests in one call
+against a call per batch, in seconds of the processor, for responses of very different lengths (the first paragraph) and for
+whole ones, most of which run into the cap.
 """
 
 from __future__ import annotations
@@ -106,6 +111,31 @@ def measure(timed: dict[str, Callable[[], None]], rounds: int, budget: float) ->
     return seconds
 
 
+def refill(lm: LanguageModel, prompts: int, cap: int, batch: int, top_k: int, objectives: int) -> dict[str, float]:
+    """Plain and single-pass responses of one call, and of one call per batch of the same order."""
+    chosen = sorted(load_prompts()[:prompts], key=lambda p: len(prompt_ids(lm.tokenizer, p)))
+    config = Sampling(max_new_tokens=cap, top_k=top_k, batch_size=batch)
+    breaks = frozenset(index for index in lm.tokenizer.get_vocab().values() if "\n" in lm.tokenizer.decode([index]))
+    weights = tuple(1.0 / objectives for _ in range(objectives))
+    result: dict[str, float] = {}
+    for length, stops in (("paragraph", replace(lm, eos_ids=lm.eos_ids | breaks)), ("whole", lm)):
+        for name, guide in (("plain", None), ("single_pass", SinglePassGuide(lm, random_heads(lm, objectives), beta=10.0))):
+            requests = make_requests(chosen, 1, 0, weights if guide else None)
+            speed, found = {}, {}
+            for way, size in (("refill", len(requests)), ("by_batch", batch)):
+                begun = time.process_time()
+                calls = [generate(stops, requests[start : start + size], config, guide) for start in range(0, len(requests), size)]
+                found[way] = [rollout.tokens for call in calls for rollout in call]
+                speed[way] = sum(map(len, found[way])) / (time.process_time() - begun)
+                quartiles = np.percentile(list(map(len, found[way])), [0, 25, 50, 75, 100])
+                print(f"{length:<10} {name:<12} {way:<9} {speed[way]:7.1f} tokens/s   quartiles of the lengths {quartiles}", flush=True)
+            differ = sum(a != b for a, b in zip(found["refill"], found["by_batch"], strict=True))
+            assert differ <= 1 + len(chosen) // 32, f"{differ} responses differ, more than rounding explains"
+            result |= {f"{length}_{name}_{way}": round(value, 1) for way, value in speed.items()}
+            result[f"{length}_{name}_ratio"] = round(speed["refill"] / speed["by_batch"], 3)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer tokens and rounds")
@@ -115,10 +145,17 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=40)
     parser.add_argument("--objectives", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--refill", action="store_true", help="what it is worth to fill the places of finished rows")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--cap", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     lm = load_model(args.model)
+    if args.refill:
+        print(json.dumps(refill(lm, args.prompts, args.cap, args.batch, args.top_k, args.objectives)))
+        return
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "model": args.model, "top_k": args.top_k, "objectives": args.objectives}
     for batch in (1, 8, 32):
         tokens = {1: 8, 8: 8, 32: 6}[batch] if args.quick else args.tokens

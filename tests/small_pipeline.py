@@ -24,7 +24,7 @@ def command_lines(out: Path, model: Path, prompts: Path) -> dict[str, list[str]]
     return {
         "sample": [
             *f"sample --out {train} --model {model} --prompts {prompts} --samples 6".split(),
-            *["--sampling.max_new_tokens", "8", "--sampling.top_k", "12", "--sampling.batch_size", "8"],
+            *["--sampling.max_new_tokens", "8", "--sampling.top_k", "12", "--sampling.batch_size", "2"],
         ],
         "score": f"score --run {train} --model {model} --rewards [{','.join(REWARDS)}] --shard 16".split(),
         "train value": f"train value --out {values} --run {train} --value.folds 4 --value.shard_rollouts 6".split(),

@@ -130,7 +130,7 @@ def refused(words: list[str], capsys) -> str:
     ("steering", "says"),
     [
         (["--mixing", "[x={p}/x]", "--guides", "[x={p}/x]", "--weights", "x=1"], "one way at a time, got mixing and guides"),
-        (["--mixing", "[x={p}/x]"], "needs both weights and one of values, mixing, guides, messages, soup, policy"),
+        (["--mixing", "[x={p}/x]"], "needs both weights and one of values, mixing, guides, scorers, messages, soup, policy"),
         (["--weights", "x=1"], "needs both weights and one of"),
         (["--mixing", "[{p}/x]", "--weights", "x=1"], "write objective=WHAT once for each objective"),
         (["--guides", "[x={p}/x,x={p}/y]", "--weights", "x=1"], "write objective=WHAT once for each objective"),

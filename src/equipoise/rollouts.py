@@ -19,7 +19,11 @@ from equipoise.types import Prompt, Request, Rollout, Sampler, UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+SHARD_BATCHES = 4
+"""Batches of a stage's shard: the places of finished rows are taken over by others of the shard."""
 _COLUMNS = [field.name for field in fields(Rollout) if field.metadata.get("stored", True)]
+_LATER = {"reward_calls"}
+"""What the shards of older versions lack."""
 
 
 def _schema() -> pa.Schema:
@@ -36,6 +40,7 @@ def _schema() -> pa.Schema:
         "text_tokens": pa.int64(),
         "base_forwards": pa.int64(),
         "guide_forwards": pa.int64(),
+        "reward_calls": pa.int64(),
     }
     return pa.schema([(name, kinds.get(name, pa.string())) for name in _COLUMNS], metadata={"equipoise": "rollouts-1"})
 
@@ -73,7 +78,8 @@ def read_shard(path: Path) -> list[Rollout]:
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(path, columns=_COLUMNS).to_pylist()
+        there = set(pq.read_schema(path).names)
+        rows = pq.read_table(path, columns=[name for name in _COLUMNS if name in there or name not in _LATER]).to_pylist()
     except (pa.ArrowException, OSError, KeyError) as error:
         reason = str(error).rpartition("': ")[2]
         raise UserError(

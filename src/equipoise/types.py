@@ -164,9 +164,11 @@ class Rollout:
     """Tokens through the policy's backbone for this response; the prompt counts in each, though samples may share its run."""
     guide_forwards: int = 0
     """Tokens that went through a backbone only to score candidates."""
+    reward_calls: int = 0
+    """Texts that rewards scored to choose this response, once for each reward."""
     parent_id: str | None = None
     kl_steps: tuple[float, ...] = field(default=(), compare=False, metadata={"stored": False})
-    """The terms of `kl`, a token each; not kept in shards."""
+    """The terms of `kl`, a token each; none where it also prices a choice among responses or parts of them. Not kept in shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,10 @@ class Response(Protocol):
 class Sampler(Protocol):
     """Prompts and weights to rollouts, one rollout per request, in the order of the requests."""
 
-    objectives: tuple[str, ...]
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """In the order of the requests' weights."""
+        ...
 
     def __call__(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request, in order."""

@@ -38,7 +38,7 @@ def plain_forward(lm, ids_BT) -> tuple[np.ndarray, dict[int, np.ndarray]]:
 
 
 class KnowsItsRows:
-    """A guide that knows which prompt and prefix each row of a step holds, and checks the loop's states against plain ones."""
+    """A guide that knows which prompt and prefix each row of a step holds, and checks the loop's first states against plain ones."""
 
     objectives = OBJECTIVES
     layers: tuple[int, ...] = ()
@@ -48,23 +48,22 @@ class KnowsItsRows:
         self.lm = lm
         self.heads = [prompt_ids(lm.tokenizer, p) for p in PROMPTS]
         self.roots = np.concatenate([plain_forward(lm, [ids])[1][lm.num_layers] for ids in self.heads])
-        self.rows: list[tuple[int, Prefix]] = []
 
     def rows_of(self, step) -> list[tuple[int, Prefix]]:
-        if step.position == 0:
-            states = step.states[self.lm.num_layers].double().numpy()
-            near = np.abs(states[:, None] - self.roots[None]).max(axis=2) < 1e-4
-            assert (near.sum(axis=1) == 1).all()
-            self.rows = [(int(which), ()) for which in near.argmax(axis=1)]
-        assert len(self.rows) == len(step.candidates_RC)
-        return self.rows
+        rows = [(PROMPTS.index(request.prompt), tuple(said)) for request, said in zip(step.requests, step.responses, strict=True)]
+        assert step.length_R.tolist() == [len(said) for _, said in rows]
+        states = step.states[self.lm.num_layers].double().numpy()
+        for (which, said), state, asked in zip(rows, states, step.prompts, strict=True):
+            assert list(asked) == self.heads[which]
+            assert said or np.abs(state - self.roots[which]).max() < 1e-4
+        assert len(rows) == len(step.candidates_RC)
+        return rows
 
-    def note(self, step, choice_R) -> None:
-        tokens = step.candidates_RC.gather(1, choice_R[:, None])[:, 0].tolist()
-        self.rows = [(p, (*prefix, t)) for (p, prefix), t in zip(self.rows, tokens, strict=True) if t not in self.lm.eos_ids]
+    def follow(self, start):
+        return ()
 
     def advance(self, step, choice_R):
-        self.note(step, choice_R)
+        return None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from scipy.special import softmax
 from scipy.stats import chisquare
 
 from conftest import prompt
-from equipoise.decoding.palette import PaletteSampler, candidate_requests, choose, tilt
+from equipoise.decoding.choosing import candidate_requests
+from equipoise.decoding.palette import PaletteSampler, choose, tilt
 from equipoise.decoding.value_guided import PolicySampler
 from equipoise.models.generation import Sampling
 from equipoise.palette.banks import Bank

@@ -187,7 +187,7 @@ def test_a_model_that_says_nan_is_named_with_the_row(base, rewards, tiny_lm):
         Request(id=f"r-{i}", prompt=p, seed=i, weights=w)
         for i, (p, w) in enumerate(zip(PROMPTS, ((1.0, 0.0), None, (0.4, 0.6)), strict=True))
     ]
-    with pytest.raises(UserError, match=r"NaN or infinity for request 'r-2' at token 0"):
+    with pytest.raises(UserError, match=r"NaN or infinity for prompt '\w+' \(request 'r-2'\) at token 0"):
         generate(base, rows, Sampling(), reward_guide(base, {"x": rewards["x"], "y": broken}, BETA))
     # A row that gives it no weight never meets it.
     assert len(generate(base, rows[:2], Sampling(max_new_tokens=3), reward_guide(base, {"x": rewards["x"], "y": broken}, BETA))) == 2

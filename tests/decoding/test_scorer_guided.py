@@ -89,7 +89,7 @@ def test_a_scorer_of_weight_zero_is_left_out_and_one_that_says_nan_is_named(tiny
     guide = ScorerGuide(tiny_lm, {"x": scorers["x"], "y": broken}, BETA)
     rows = [Request(id=f"r-{i}", prompt=PROMPTS[i], seed=i, weights=w) for i, w in enumerate(((1.0, 0.0), (0.5, 0.5)))]
     assert generate(tiny_lm, rows[:1], Sampling(max_new_tokens=3), guide)[0].kl > 0
-    with pytest.raises(UserError, match="NaN or infinity for request 'r-1'"):
+    with pytest.raises(UserError, match=r"ScorerGuide on x, y returned NaN or infinity for prompt 'short' \(request 'r-1'\) at token 0"):
         generate(tiny_lm, rows, Sampling(), guide)
 
 

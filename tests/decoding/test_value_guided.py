@@ -108,7 +108,7 @@ class ByHand(KnowsItsRows):
     def shift(self, step):
         rows = []
         for (which, prefix), tokens, weights in zip(self.rows_of(step), step.candidates_RC.tolist(), step.weights_RK.tolist(), strict=True):
-            value_CK = self.by_hand(self.lm, self.value_heads, [*self.heads[which], *prefix], step.position, tokens)
+            value_CK = self.by_hand(self.lm, self.value_heads, [*self.heads[which], *prefix], len(prefix), tokens)
             rows.append(value_CK @ np.nan_to_num(np.array(weights)) / self.beta)
         return torch.tensor(np.array(rows), dtype=torch.float32)
 
@@ -131,7 +131,6 @@ class Watched(ByHand):
         return got
 
     def advance(self, step, choice_R):
-        self.note(step, choice_R)
         return self.guide.advance(step, choice_R)
 
 

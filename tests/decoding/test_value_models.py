@@ -184,5 +184,5 @@ def test_bad_input(tiny_lm, joint, apart):
         ValueModelGuide(tiny_lm, [windowed], beta=1.0)
     nowhere = joint[0].heads.tensors | {"prefix_mean_I": np.full(16, np.nan, dtype=np.float32)}
     guide = ValueModelGuide(tiny_lm, [ValueModel(joint[0].lm, replace(joint[0].heads, tensors=nowhere))], beta=1.0)
-    with pytest.raises(UserError, match="returned NaN or infinity for request 'r' at token 0"):
+    with pytest.raises(UserError, match=r"ValueModelGuide on x, y returned NaN or infinity for prompt 'long' \(request 'r'\) at token 0"):
         generate(tiny_lm, [Request(id="r", prompt=PROMPTS[0], seed=0, weights=(0.5, 0.5))], CONFIG, guide)

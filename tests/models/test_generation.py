@@ -29,6 +29,9 @@ class TableGuide:
     layers = (1,)
     forwards_per_step = 0
 
+    def follow(self, start):
+        return ()
+
     def shift(self, step):
         gate_R = torch.tanh(step.states[1] @ torch.tensor(READ_D, dtype=torch.float32))
         table_RV = step.weights_RK @ torch.tensor(TABLE_KV, dtype=torch.float32)
@@ -332,7 +335,7 @@ def test_a_guide_that_returns_nonsense_is_named_with_the_row(tiny_lm, value):
     rows = [
         Request(id=f"r-{i}", prompt=p, seed=0, weights=w) for i, (p, w) in enumerate(zip(PROMPTS, (None, (0.5, 0.5), None), strict=True))
     ]
-    with pytest.raises(UserError, match=r"NaN or infinity.*'r-1' at token 0"):
+    with pytest.raises(UserError, match=r"Constant on x, y returned NaN or infinity for prompt 'short' \(request 'r-1'\) at token 0"):
         generate(tiny_lm, rows, Sampling(), Constant(value))
 
 

@@ -13,23 +13,16 @@ Reads: multipliers. Writes: nothing. The weights enter: the choice among samples
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int, Real
 
+from equipoise.decoding.choosing import candidate_requests, served
 from equipoise.decoding.resampling import resample, resampling_kl
 from equipoise.palette.confidence import Monitor
 from equipoise.rewards.scoring import score
-from equipoise.rollouts import request_seed
-from equipoise.types import Request, Reward, Rollout, Sampler, UserError
-
-
-def candidate_requests(requests: Sequence[Request], n: int) -> list[Request]:
-    """n requests for each, with seeds of their own."""
-    if n < 1:
-        raise UserError(f"n must be at least 1, got {n}")
-    return [replace(r, id=f"{r.id}#{j}", seed=request_seed(r.seed, str(j))) for r in requests for j in range(n)]
+from equipoise.types import Request, Reward, Rollout, Sampler
 
 
 def tilt(reward_PNK: Real[np.ndarray, "P N K"], multiplier_K: Real[np.ndarray, " K"]) -> Float[np.ndarray, "P N"]:
@@ -72,18 +65,12 @@ class PaletteSampler:
                 self.monitor.observe(reward_NK, int(j))
         score_PN = tilt(reward_PNK, v)
         return [
-            _served(r, candidates[i * self.n : (i + 1) * self.n], int(j), resampling_kl(score_PN[i : i + 1], 1.0))
+            served(
+                r,
+                candidates[i * self.n : (i + 1) * self.n],
+                int(j),
+                resampling_kl(score_PN[i : i + 1], 1.0),
+                self.n * len(self.rewards),
+            )
             for i, (r, j) in enumerate(zip(requests, chosen, strict=True))
         ]
-
-
-def _served(request: Request, candidates: Sequence[Rollout], chosen: int, kl: float) -> Rollout:
-    return replace(
-        candidates[chosen],
-        id=request.id,
-        seed=request.seed,
-        kl=candidates[chosen].kl + kl,
-        base_forwards=sum(c.base_forwards for c in candidates),
-        guide_forwards=sum(c.guide_forwards for c in candidates),
-        parent_id=candidates[chosen].id,
-    )

@@ -1,4 +1,4 @@
-"""Choose among samples: best-of-n and Monte-Carlo resampling, over any sampler.
+"""Choose among samples: best-of-n and Monte-Carlo resampling, over any sampler (`choosing.py` is that sampler).
 
 Per prompt, n candidates y_1..y_n of a sampler with scores s_j = sum_k w_k z_jk (z: standardised rewards, w: weights):
 

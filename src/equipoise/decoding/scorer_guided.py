@@ -15,15 +15,15 @@ Reads: models. Writes: nothing. The weights enter: the logits.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from equipoise.models.cache import attends_fully
 from equipoise.models.companions import check_room, same_tokens
-from equipoise.models.generation import Step, known_tokens
+from equipoise.models.generation import Start, Step, known_tokens
 from equipoise.models.loading import LanguageModel
-from equipoise.models.rows import Batch
+from equipoise.models.rows import Batch, Mark
 from equipoise.models.scalar_heads import head_of
 from equipoise.objectives import Normaliser
 from equipoise.types import UserError
@@ -33,8 +33,9 @@ class ScorerGuide:
     """One scalar model per objective, each with the batch's rows in a cache of its own."""
 
     layers: tuple[int, ...] = ()
+    of_prefixes = True
+    """Whether shifts are values of prefixes, comparable between rows."""
     forwards_per_step = 0  # the policy runs none of the candidates; the scorers' tokens are in forwards_R
-    forwards_R: torch.Tensor
 
     def __init__(self, lm: LanguageModel, scorers: Mapping[str, LanguageModel], beta: float, normaliser: Normaliser | None = None) -> None:
         """`scorers` hold models with one logit, as `scalar_heads.load_scalar` gives, under the policy's tokenizer.
@@ -56,32 +57,67 @@ class ScorerGuide:
         self._known = known_tokens(lm.tokenizer)
         self._heads = [head_of(scorer.model) for scorer in self._scorers]
         self._scale_K = [1 / (beta * sd) for sd in (normaliser.sd_K if normaliser else (1.0,) * len(scorers))]
-        self._runs: list[Batch] = []
+
+    def follow(self, start: Start) -> Sequence[ScorerRuns]:
+        """The scorers, at the prompts. Raises `UserError` for a prompt that leaves one no room."""
+        for scorer, (request, prompt) in itertools.product(self._scorers, zip(start.requests, start.prompts, strict=True)):
+            check_room(scorer, request.prompt.id, len(prompt), start.batch.room)
+        room = start.batch.room + start.candidates
+        return [ScorerRuns([Batch(scorer, start.prompts, (), room) for scorer in self._scorers], list(map(len, start.prompts)))]
 
     def shift(self, step: Step) -> torch.Tensor:
         """(1/beta) sum_k w_k v_k(s + a), [R, C]."""
         ids_RC = step.candidates_RC.clamp(max=self._known - 1)
-        if step.position == 0:
-            for scorer, (request, prompt) in itertools.product(self._scorers, zip(step.requests, step.prompts, strict=True)):
-                check_room(scorer, request.prompt.id, len(prompt), step.batch.room)
-            self._runs = [Batch(scorer, step.prompts, (), step.batch.room + ids_RC.shape[1]) for scorer in self._scorers]
-            self.forwards_R = len(self._runs) * torch.tensor([len(prompt) for prompt in step.prompts])
-            step.batch.followers.append(self)
+        runs = _runs(step)
         shift_RC = torch.zeros_like(step.ref_logprobs_RC)
-        for k, (run, head) in enumerate(zip(self._runs, self._heads, strict=True)):
+        for k, (run, head) in enumerate(zip(runs.runs, self._heads, strict=True)):
             value_RC = head(run.branch(ids_RC.to(run.lm.device))[run.lm.num_layers])[..., 0].float().to(shift_RC.device)
             weight_R1 = step.weights_RK[:, k : k + 1]
             shift_RC += torch.where(weight_R1 == 0, 0.0, weight_R1 * self._scale_K[k] * value_RC)
-        self.forwards_R = self.forwards_R + len(self._runs) * ids_RC.shape[1]
+        runs.forwards_R = runs.forwards_R + len(runs.runs) * ids_RC.shape[1]
         return shift_RC
 
     def advance(self, step: Step, choice_R: torch.Tensor) -> None:
         """Keep what the scorers computed for the chosen candidates; the policy runs them itself."""
-        for run in self._runs:
+        for run in _runs(step).runs:
             run.keep(choice_R.to(run.lm.device))
+
+
+class ScorerRuns:
+    """The scorers of one running batch: a follower of it (`models/rows.py`)."""
+
+    def __init__(self, runs: list[Batch], prompt_tokens: list[int]) -> None:
+        self.runs = runs
+        self.forwards_R = len(runs) * torch.tensor(prompt_tokens)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows."""
-        for run in self._runs:
+        for run in self.runs:
             run.select(rows.to(run.lm.device))
         self.forwards_R = self.forwards_R[rows.cpu()]
+
+    @property
+    def mergeable(self) -> bool:
+        """Always: their layers attend to the full past."""
+        return True
+
+    def take(self, slots: torch.Tensor, other: ScorerRuns, rows: torch.Tensor) -> None:
+        """Put the scorers' rows of another batch in place of these."""
+        for mine, theirs in zip(self.runs, other.runs, strict=True):
+            mine.take(slots.to(mine.lm.device), theirs, rows.to(mine.lm.device))
+        self.forwards_R = self.forwards_R.index_copy(0, slots.cpu(), other.forwards_R[rows.cpu()])
+
+    def mark(self, row: int) -> list[Mark]:
+        """Where the scorers are in the row."""
+        return [run.mark(row) for run in self.runs]
+
+    def restore(self, row: int, marks: list[Mark]) -> None:
+        """Bring the scorers back in the row; what they ran since stays counted."""
+        for run, mark in zip(self.runs, marks, strict=True):
+            run.restore(row, mark)
+
+
+def _runs(step: Step) -> ScorerRuns:
+    [runs] = step.batch.followers
+    assert isinstance(runs, ScorerRuns)
+    return runs

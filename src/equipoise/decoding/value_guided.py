@@ -18,9 +18,9 @@ Reads: values.safetensors. Writes: nothing. The weights enter: the logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from equipoise.models.generation import Guide, Sampling, Step, generate, known_tokens
+from equipoise.models.generation import Guide, Sampling, Start, Step, generate, known_tokens
 from equipoise.models.value_heads import FORMS, Calibration, ValueHeads, position_feature, state_features
 from equipoise.types import Request, Rollout, UserError
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from equipoise.models.candidates import CandidateReader
     from equipoise.models.loading import LanguageModel
+    from equipoise.models.rows import Follower
     from equipoise.models.value_models import ValueModel
 
 
@@ -82,6 +83,10 @@ class SinglePassGuide:
         self._mean_I, self._whiten_IM, self._single_KXD = tensors["mean_I"], tensors["whiten_IM"], tensors["single_KXD"]
         self._table_VD = lm.model.get_input_embeddings().weight
 
+    def follow(self, start: Start) -> Sequence[Follower]:
+        """No state per row but the policy's own."""
+        return ()
+
     def shift(self, step: Step) -> torch.Tensor:
         """(1/beta) sum_k w_k q_k(s, a), [R, C]."""
         import torch
@@ -129,25 +134,25 @@ class PrefixGuide:
         self.objectives, self.layers = heads.objectives, heads.layers
         self.tilt = _Tilt(heads.calibration.get("prefix"), "prefix", beta, kl_budget)
         self._values = _PrefixValues(heads, lm)
-        self._states: dict[int, torch.Tensor] = {}
         # The chosen candidate's forward is the policy's own, so only the others are extra.
         self.forwards_per_step = candidates - 1
+
+    def follow(self, start: Start) -> Sequence[Follower]:
+        """No state per row but the policy's own."""
+        return ()
 
     def shift(self, step: Step) -> torch.Tensor:
         """(1/beta) sum_k w_k v_k(s + a), [R, C]."""
         import torch
 
-        self._states = step.batch.branch(step.candidates_RC)
-        h_RCI = torch.cat([self._states[layer] for layer in self.layers], dim=-1)
+        states = step.batch.branch(step.candidates_RC)
+        h_RCI = torch.cat([states[layer] for layer in self.layers], dim=-1)
         return self._values(h_RCI, self.tilt(step.weights_RK), step.length_R + 1)
 
     def advance(self, step: Step, choice_R: torch.Tensor) -> dict[int, torch.Tensor]:
         """Keep the chosen candidates' keys; their states are already known."""
-        import torch
-
         step.batch.keep(choice_R)
-        rows = torch.arange(len(choice_R), device=choice_R.device)
-        return {layer: states[rows, choice_R] for layer, states in self._states.items()}
+        return step.batch.states
 
 
 class ValueModelGuide:
@@ -195,23 +200,35 @@ class ValueModelGuide:
         self._models = [(model, _PrefixValues(model.heads, model.lm)) for model in models]
         self._columns = [self.objectives.index(name) for name in known]
         self._known = known_tokens(lm.tokenizer)
-        self._readers: list[CandidateReader] = []
 
     def valued(self, weights_K: Sequence[float]) -> tuple[float, ...]:
         """The weights of the objectives that have a value model, in the order of the models."""
         return tuple(weights_K[column] for column in self._columns)
 
+    def follow(self, start: Start) -> Sequence[CandidateReader]:
+        """A reader per model, for the rows that weigh one of its objectives; raises `UserError` for a row that weighs none of them."""
+        from equipoise.models.candidates import CandidateReader
+
+        weights_RK = start.weights_RK[:, self._columns]
+        for request, own in zip(start.requests, weights_RK.tolist(), strict=True):
+            if request.weights is not None and not any(own):
+                named = [name for name, w in zip(self.objectives, request.weights, strict=True) if w]
+                raise UserError(f"request {request.id!r} weighs only {', '.join(named) or 'nothing'}, which no value model is loaded for")
+        readers, at = [], 0
+        for model, _ in self._models:
+            own_RK = weights_RK[:, at : at + len(model.objectives)]
+            at += len(model.objectives)
+            readers.append(CandidateReader(model.lm, start, (own_RK.nan_to_num() != 0).any(dim=1)))
+        return readers
+
     def shift(self, step: Step) -> torch.Tensor:
         """(1/beta) sum_k w_k v_k(s + a), [R, C]; 0 where the row is sure."""
         import torch
 
-        weights_RK = step.weights_RK[:, self._columns]
-        if step.position == 0:
-            self._open(step, weights_RK)
-        tilt_RK = self.tilt(weights_RK)
+        tilt_RK = self.tilt(step.weights_RK[:, self._columns])
         sure_R = step.ref_logprobs_RC[:, 0].exp() > self.skip_above
         shift_RC, at = torch.zeros_like(step.ref_logprobs_RC), 0
-        for (model, values), reader in zip(self._models, self._readers, strict=True):
+        for (model, values), reader in zip(self._models, _readers(step), strict=True):
             columns = slice(at, at := at + len(model.objectives))
             rows = reader.rows
             if len(rows) and not sure_R[rows].all():
@@ -221,25 +238,15 @@ class ValueModelGuide:
                 shift_RC[rows] += found.to(shift_RC.device)
         return shift_RC.masked_fill(sure_R[:, None], 0.0)
 
-    def _open(self, step: Step, weights_RK: torch.Tensor) -> None:
-        """A reader per model, for the rows that weigh one of its objectives."""
-        from equipoise.models.candidates import CandidateReader
-
-        for request, own in zip(step.requests, weights_RK.tolist(), strict=True):
-            if request.weights is not None and not any(own):
-                named = [name for name, w in zip(self.objectives, request.weights, strict=True) if w]
-                raise UserError(f"request {request.id!r} weighs only {', '.join(named) or 'nothing'}, which no value model is loaded for")
-        self._readers, at = [], 0
-        for model, _ in self._models:
-            own_RK = weights_RK[:, at : at + len(model.objectives)]
-            at += len(model.objectives)
-            self._readers.append(CandidateReader(model.lm, step, (own_RK.nan_to_num() != 0).any(dim=1)))
-
     def advance(self, step: Step, choice_R: torch.Tensor) -> None:
         """Tell the models what was drawn; the policy runs it itself."""
         tokens_R = step.candidates_RC.gather(1, choice_R[:, None])[:, 0]
-        for reader in self._readers:
+        for reader in _readers(step):
             reader.advance(tokens_R, choice_R)
+
+
+def _readers(step: Step) -> list[CandidateReader]:
+    return cast("list[CandidateReader]", step.batch.followers)
 
 
 def make_guide(

@@ -1,4 +1,4 @@
-"""A key-value cache that grows in place, drops rows, and keeps one branch of a step's candidates.
+"""A key-value cache that grows in place, drops and replaces rows, and keeps one branch of a step's candidates.
 
 `DynamicCache` of transformers concatenates, that is copies, the whole cache at every token; this one writes into
 buffers that double when full. It serves models whose layers all attend to the full past; others get `DynamicCache`
@@ -7,6 +7,7 @@ and can't be used with candidate branches.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -26,6 +27,8 @@ class GrowingLayer(CacheLayerMixin):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
+        self.start = 0
+        """First slot of the buffers that is in use."""
         self.length = 0
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -46,24 +49,35 @@ class GrowingLayer(CacheLayerMixin):
             self.capacity = max(self.capacity, key_states.shape[-2])
             self.lazy_initialization(key_states, value_states)
         assert self._buffers is not None
-        end = self.length + key_states.shape[-2]
-        if end > self.capacity:
-            self.capacity = max(end, 2 * self.capacity)
-            grown = tuple(self._room(b, self.capacity) for b in self._buffers)
-            for new, old in zip(grown, self._buffers, strict=True):
-                new[:, :, : self.length] = old[:, :, : self.length]
-            self._buffers = (grown[0], grown[1])
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length : end] = states
-        self._resize(end)
+        self._append(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
 
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        new = key_states.shape[-2]
+        if self.start + self.length + new > self.capacity:
+            self._move(self.length + new)
+        assert self._buffers is not None
+        at = self.start + self.length
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, at : at + new] = states
+        self._resize(self.length + new)
+
+    def _move(self, needed: int) -> None:
+        """Bring what is in use to the front of new buffers, of twice the size where it would soon fill them again."""
+        assert self._buffers is not None
+        if 4 * needed > 3 * self.capacity:
+            self.capacity = max(needed, 2 * self.capacity)
+        moved = tuple(self._room(b, self.capacity) for b in self._buffers)
+        for new, old in zip(moved, self._buffers, strict=True):
+            new[:, :, : self.length] = old[:, :, self.start : self.start + self.length]
+        self.start, self._buffers = 0, (moved[0], moved[1])
+
     def _resize(self, length: int) -> None:
         assert self._buffers is not None
         self.length = length
-        self.keys, self.values = (b[:, :, :length] for b in self._buffers)
+        self.keys, self.values = (b[:, :, self.start : self.start + length] for b in self._buffers)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows of the batch."""
@@ -73,22 +87,40 @@ class GrowingLayer(CacheLayerMixin):
 
     def gather(self, rows_B: torch.Tensor, slots_BT: torch.Tensor, capacity: int) -> None:
         """New rows: row b holds, in order, the slots slots_BT[b] of row rows_B[b]; room for `capacity` tokens."""
-        assert self._buffers is not None
-        self.capacity, old = max(capacity, slots_BT.shape[1]), self._buffers
-        picked = [buffer[rows_B[:, None], :, slots_BT].transpose(1, 2) for buffer in old]
+        assert self.keys is not None
+        assert self.values is not None
+        picked = [held[rows_B[:, None], :, slots_BT].transpose(1, 2) for held in (self.keys, self.values)]
+        self.start, self.length, self.capacity = 0, 0, max(capacity, slots_BT.shape[1])
         self._buffers = (self._room(picked[0], self.capacity), self._room(picked[1], self.capacity))
-        for buffer, states in zip(self._buffers, picked, strict=True):
-            buffer[:, :, : slots_BT.shape[1]] = states
-        self._resize(slots_BT.shape[1])
+        self._append(picked[0], picked[1])
+
+    def take(self, slots: torch.Tensor, other: GrowingLayer, rows: torch.Tensor) -> None:
+        """Write rows of another layer over these ones, last token below last token; where they are longer, all get zeros behind."""
+        assert self.keys is not None
+        assert self.values is not None
+        assert other.keys is not None
+        assert other.values is not None
+        if other.length > self.length:
+            batch, heads, _, size = self.keys.shape
+            gap = self.keys.new_zeros((batch, heads, other.length - self.length, size))
+            self._append(gap, gap)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[slots, :, self.length - other.length :] = theirs[rows]
+
+    def trim(self, count: int) -> None:
+        """Give up the first `count` tokens of every row."""
+        self.start += count
+        self._resize(self.length - count)
 
     def keep_branch(self, start: int, choice_B: torch.Tensor) -> None:
-        """Of the candidates written from slot `start` on, keep candidate choice_B[b] of each row b, at slot `start`."""
-        assert self._buffers is not None
+        """Of the candidates written from token `start` on, keep candidate choice_B[b] of each row b, at `start`."""
+        assert self.keys is not None
+        assert self.values is not None
         import torch
 
         rows = torch.arange(choice_B.shape[0], device=choice_B.device)
-        for buffer in self._buffers:
-            buffer[:, :, start] = buffer[rows, :, start + choice_B]
+        for held in (self.keys, self.values):
+            held[:, :, start] = held[rows, :, start + choice_B]
         self._resize(start + 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -118,6 +150,11 @@ def new_cache(config: Any, capacity: int) -> Cache:
     return Cache(layers=[GrowingLayer(capacity) for _ in range(config.get_text_config().num_hidden_layers)])
 
 
+def shared_copy(cache: Cache) -> Cache:
+    """A cache that holds the same tensors: `select_rows` then gives it its own."""
+    return Cache(layers=[copy.copy(layer) for layer in cache.layers])
+
+
 def select_rows(cache: Cache, rows: torch.Tensor) -> None:
     """Keep these rows of the batch in every layer."""
     for layer in cache.layers:
@@ -132,6 +169,14 @@ def gather_rows(cache: Cache, rows_B: torch.Tensor, slots_BT: torch.Tensor, capa
     for layer in cache.layers:
         assert isinstance(layer, GrowingLayer)
         layer.gather(rows_B, slots_BT, capacity)
+
+
+def take_rows(cache: Cache, slots: torch.Tensor, other: Cache, rows: torch.Tensor) -> None:
+    """Write rows of another cache over these ones in every layer."""
+    for mine, theirs in zip(cache.layers, other.layers, strict=True):
+        assert isinstance(mine, GrowingLayer)
+        assert isinstance(theirs, GrowingLayer)
+        mine.take(slots, theirs, rows)
 
 
 def keep_branch(cache: Cache, start: int, choice_B: torch.Tensor) -> None:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError  # transformers renders chat templates with it
 
 from equipoise.models.chat import prompt_ids
-from equipoise.models.generation import Step, known_tokens
+from equipoise.models.generation import Start, Step, known_tokens
 from equipoise.models.loading import LanguageModel
+from equipoise.models.own_rows import OwnRows
 from equipoise.models.rows import Batch
 from equipoise.models.weighted_lora import objectives_of
 from equipoise.types import Message, UserError
@@ -66,32 +67,27 @@ class Reading:
 class Companions:
     """The voices of one running batch: a follower of it (`models/rows.py`)."""
 
-    def __init__(self, voices: Sequence[Voice], step: Step, needed_RM: torch.Tensor) -> None:
+    def __init__(self, voices: Sequence[Voice], start: Start, needed_RM: torch.Tensor) -> None:
         models = {id(voice.lm): voice.lm for voice in voices}
         members = [[m for m, voice in enumerate(voices) if id(voice.lm) == key] for key in models]
-        self._groups = [_Group(lm, own, voices, step, needed_RM) for lm, own in zip(models.values(), members, strict=True)]
-        self._groups = [group for group in self._groups if group.run is not None]
+        self._groups = [_Group(lm, own, voices, start, needed_RM) for lm, own in zip(models.values(), members, strict=True)]
         self.forwards_R = torch.zeros(len(needed_RM), dtype=torch.long)
         for group in self._groups:
             self.forwards_R += group.prompt_tokens_R
         self.past_voice_RM = torch.zeros(needed_RM.shape, dtype=torch.float64, device=needed_RM.device)
         self.past_ref_R = self.past_voice_RM.new_zeros(len(needed_RM))
-        self._waiting_R: torch.Tensor | None = None
-        self._last: Reading | None = None
+        self._last_ref_RC = self._last_voice_RMC = self.past_voice_RM.new_zeros(0)
 
     def read(self, step: Step, known: int) -> Reading:
-        """Feed the tokens that were drawn, and read all log-probabilities of the new candidates."""
-        if self._waiting_R is not None:
-            for group in self._groups:
-                self.forwards_R += group.append(self._waiting_R)
-            self._waiting_R = None
+        """All log-probabilities of the step's candidates."""
         ids_RC = step.candidates_RC.clamp(max=known - 1)
         logits_RV = step.logits_RV[:, :known].float()
         ref_RC = logits_RV.gather(1, ids_RC).double() - logits_RV.logsumexp(dim=1, keepdim=True).double()
         voice_RMC = torch.zeros((*self.past_voice_RM.shape, ids_RC.shape[1]), dtype=torch.float64, device=ids_RC.device)
         for group in self._groups:
             group.read(ids_RC, known, voice_RMC)
-        self._last = Reading(
+        self._last_ref_RC, self._last_voice_RMC = ref_RC, voice_RMC
+        return Reading(
             ref_RC=ref_RC,
             voice_RMC=voice_RMC,
             past_ref_R=self.past_ref_R,
@@ -99,46 +95,69 @@ class Companions:
             weights_RK=step.weights_RK.double().nan_to_num(),
             allowed_RC=~step.ref_logprobs_RC.isneginf(),
         )
-        return self._last
 
     def append(self, tokens_R: torch.Tensor, choice_R: torch.Tensor) -> None:
-        """Note what was drawn; it is run only for the rows that go on, when they are read again."""
-        assert self._last is not None
+        """Feed each row's chosen candidate."""
         rows = torch.arange(len(choice_R), device=choice_R.device)
-        self.past_voice_RM = self.past_voice_RM + self._last.voice_RMC[rows, :, choice_R]
-        self.past_ref_R = self.past_ref_R + self._last.ref_RC[rows, choice_R]
-        self._waiting_R = tokens_R
+        self.past_voice_RM = self.past_voice_RM + self._last_voice_RMC[rows, :, choice_R]
+        self.past_ref_R = self.past_ref_R + self._last_ref_RC[rows, choice_R]
+        for group in self._groups:
+            self.forwards_R += group.append(tokens_R)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows."""
         for group in self._groups:
             group.select(rows)
-        self._groups = [group for group in self._groups if group.place_RG.max() >= 0]
         self.forwards_R = self.forwards_R[rows.cpu()]
         self.past_voice_RM, self.past_ref_R = self.past_voice_RM[rows], self.past_ref_R[rows]
-        if self._waiting_R is not None:
-            self._waiting_R = self._waiting_R[rows]
+        if len(self._last_ref_RC):
+            self._last_ref_RC, self._last_voice_RMC = self._last_ref_RC[rows], self._last_voice_RMC[rows]
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether all voices attend to the full past."""
+        return all(group.mergeable for group in self._groups)
+
+    def take(self, slots: torch.Tensor, other: Companions, rows: torch.Tensor) -> None:
+        """Put the voices of another batch's rows in place of those of these."""
+        for mine, theirs in zip(self._groups, other._groups, strict=True):
+            mine.take(slots, theirs, rows)
+        self.forwards_R = self.forwards_R.index_copy(0, slots.cpu(), other.forwards_R[rows.cpu()])
+        self.past_voice_RM = self.past_voice_RM.index_copy(0, slots, other.past_voice_RM[rows])
+        self.past_ref_R = self.past_ref_R.index_copy(0, slots, other.past_ref_R[rows])
+        self._last_ref_RC = self._last_voice_RMC = self.past_ref_R.new_zeros(0)
+
+    def mark(self, row: int) -> tuple[Any, ...]:
+        """Where the row's voices are."""
+        return (self.past_voice_RM[row].clone(), self.past_ref_R[row].clone(), *(group.mark(row) for group in self._groups))
+
+    def restore(self, row: int, mark: tuple[Any, ...]) -> None:
+        """Bring the row's voices back; what they ran since stays counted."""
+        self.past_voice_RM, self.past_ref_R = self.past_voice_RM.clone(), self.past_ref_R.clone()
+        self.past_voice_RM[row], self.past_ref_R[row] = mark[:2]
+        for group, theirs in zip(self._groups, mark[2:], strict=True):
+            group.restore(row, theirs)
 
 
-class _Group:
-    """The voices of one model: a batch of its own, a row per (row, voice) that is needed."""
+class _Group(OwnRows):
+    """The voices of one model: a batch of its own, a row per (row, voice) that is needed; none where none is."""
 
-    def __init__(self, lm: LanguageModel, columns: list[int], voices: Sequence[Voice], step: Step, needed_RM: torch.Tensor) -> None:
-        self.lm, self.columns = lm, columns
+    def __init__(self, lm: LanguageModel, columns: list[int], voices: Sequence[Voice], start: Start, needed_RM: torch.Tensor) -> None:
+        self.columns = columns
         needed_RG = needed_RM[:, columns]
         pairs = [(row, voices[columns[at]]) for row, at in needed_RG.nonzero().tolist()]
-        prompts = [_asked(step, row, voice) for row, voice in pairs]
-        self.place_RG = _numbered(needed_RG)
+        prompts = [_asked(start, row, voice) for row, voice in pairs]
         self.prompt_tokens_R = torch.zeros(len(needed_RG), dtype=torch.long)
         for (row, _), prompt in zip(pairs, prompts, strict=True):
             self.prompt_tokens_R[row] += len(prompt)
-        conditions = [step.weights_RK[row].tolist() if voice.condition == "weights" else voice.condition for row, voice in pairs]
+        conditions = [start.weights_RK[row].tolist() if voice.condition == "weights" else voice.condition for row, voice in pairs]
         read_NK = None if not pairs or conditions[0] is None else torch.tensor(conditions, dtype=torch.float32, device=lm.device)
-        self.run = Batch(lm, prompts, (), step.batch.room, read_NK) if pairs else None
+        super().__init__(lm, Batch(lm, prompts, (), start.batch.room, read_NK) if pairs else None, needed_RG)
 
     def read(self, ids_RC: torch.Tensor, known: int, into_RMC: torch.Tensor) -> None:
         """Write log pi_m of the candidates where the voices are needed."""
-        assert self.run is not None
+        if self.run is None:
+            return
         rows, at = (self.place_RG >= 0).nonzero(as_tuple=True)
         logits_NV = self.lm.head(self.run.states[self.lm.num_layers])[:, :known].float()
         picked_NC = logits_NV.gather(1, ids_RC[rows].to(logits_NV.device)).double()
@@ -147,38 +166,25 @@ class _Group:
 
     def append(self, tokens_R: torch.Tensor) -> torch.Tensor:
         """Feed each row's token to all of its voices; returns how many that were, [R]."""
-        assert self.run is not None
         there_RG = self.place_RG >= 0
-        self.run.append(tokens_R[there_RG.nonzero(as_tuple=True)[0]].to(self.lm.device))
+        if self.run is not None:
+            self.run.append(tokens_R[there_RG.nonzero(as_tuple=True)[0]].to(self.lm.device))
         return there_RG.sum(dim=1).cpu()
 
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows' voices."""
-        assert self.run is not None
-        place_RG = self.place_RG[rows]
-        self.run.select(place_RG[place_RG >= 0].to(self.lm.device))
-        self.place_RG = _numbered(place_RG >= 0)
 
-
-def _numbered(there_RG: torch.Tensor) -> torch.Tensor:
-    """0, 1, .. row by row where it is true, -1 elsewhere."""
-    order_RG = there_RG.flatten().long().cumsum(0).view(there_RG.shape) - 1
-    return torch.where(there_RG, order_RG, torch.full_like(order_RG, -1))
-
-
-def _asked(step: Step, row: int, voice: Voice) -> Sequence[int]:
+def _asked(start: Start, row: int, voice: Voice) -> Sequence[int]:
     """The prompt's tokens, under the voice's own system message where it has one."""
-    prompt, ids = step.requests[row].prompt, step.prompts[row]
+    prompt, ids = start.requests[row].prompt, start.prompts[row]
     if voice.system:
         rest = tuple(m for m in prompt.messages if m["role"] != "system")
         changed = replace(prompt, messages=(Message(role="system", content=voice.system), *rest))
         try:
-            ids = prompt_ids(step.batch.lm.tokenizer, changed)
+            ids = prompt_ids(start.batch.lm.tokenizer, changed)
         except TemplateError as error:
             raise UserError(
-                f"the chat template of {step.batch.lm.name!r} takes no system message ({error}): steer it in another way"
+                f"the chat template of {start.batch.lm.name!r} takes no system message ({error}): steer it in another way"
             ) from None
-    check_room(voice.lm, prompt.id, len(ids), step.batch.room)
+    check_room(voice.lm, prompt.id, len(ids), start.batch.room)
     return ids
 
 
@@ -216,29 +222,33 @@ class CompanionGuide:
         self._known = known_tokens(lm.tokenizer)
         for other in {id(voice.lm): voice.lm for voice in voices}.values():
             same_tokens(lm, other)
-        self._companions: Companions | None = None
+
+    def follow(self, start: Start) -> Sequence[Companions]:
+        """The voices, at the prompts. Raises `UserError` for a request that goes on with a given response."""
+        continued = next((request.id for request in start.requests if request.given), None)
+        if continued is not None:  # the rules may read log-probabilities of the whole response
+            raise UserError(f"request {continued!r} goes on with a given response, which other models can't steer: use values")
+        needed_RM = self._needed(start.weights_RK.double())
+        weighted_R1 = torch.tensor([[request.weights is not None] for request in start.requests], device=needed_RM.device)
+        return [Companions(self.voices, start, needed_RM & weighted_R1)]
 
     def shift(self, step: Step) -> torch.Tensor:
         """(log pi - log pi_ref) / T of the candidates, [R, C]."""
-        if step.position == 0:
-            continued = next((request.id for request in step.requests if request.given), None)
-            if continued is not None:  # the rules may read log-probabilities of the whole response
-                raise UserError(f"request {continued!r} goes on with a given response, which other models can't steer: use values")
-            needed_RM = self._needed(step.weights_RK.double())
-            weighted_R1 = torch.tensor([[request.weights is not None] for request in step.requests], device=needed_RM.device)
-            self._companions = Companions(self.voices, step, needed_RM & weighted_R1)
-            step.batch.followers.append(self._companions)
-        assert self._companions is not None
-        reading = self._companions.read(step, self._known)
+        reading = _companions(step).read(step, self._known)
         shift_RC = self._rule(reading) / step.temperature
         # Constants per row change nothing, so the sizes of whole prefixes are taken out before float32.
         top_R1 = shift_RC.masked_fill(~reading.allowed_RC, float("-inf")).amax(dim=1, keepdim=True)
         return (shift_RC - top_R1).float()
 
     def advance(self, step: Step, choice_R: torch.Tensor) -> None:
-        """Tell the voices what was drawn; the policy runs it itself."""
-        assert self._companions is not None
-        self._companions.append(step.candidates_RC.gather(1, choice_R[:, None])[:, 0], choice_R)
+        """Run the voices on what was drawn; the policy runs it itself."""
+        _companions(step).append(step.candidates_RC.gather(1, choice_R[:, None])[:, 0], choice_R)
+
+
+def _companions(step: Step) -> Companions:
+    [companions] = step.batch.followers
+    assert isinstance(companions, Companions)
+    return companions
 
 
 def same_tokens(lm: LanguageModel, other: LanguageModel) -> None:

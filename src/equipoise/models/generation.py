@@ -1,29 +1,24 @@
-"""The one token loop: ragged prompts to rollouts, plain or guided, one batch at a time.
+"""The one token loop: ragged prompts to rollouts, plain or guided, as many rows at a time as a batch has.
 
-At each step t the policy's logits over the full vocabulary at temperature T give log pi_ref(. | s_t); the k most likely
-tokens are the candidates C_t, and a guide may add `shift_BC` (nats) to their log-probabilities:
-
-    pi(a | s_t) = pi_ref(a | s_t) exp(shift(a)) / sum_{b in C_t} pi_ref(b | s_t) exp(shift(b)),   a in C_t.
-
-Then KL(pi || pi_ref) = KL(pi || pi_ref restricted to C_t) + (-log pi_ref(C_t)) holds exactly at every step; the two parts
-are summed apart, as `kl` (the price of the tilt) and `kl_floor` (the price of top-k, which every method pays).
-
-Every row has its own random numbers, fixed by its seed, and its own weights: what a row draws does not depend on its
-batch. Tokens are drawn by inverting the CDF of the candidates in order of pi_ref, so that equal seeds couple methods.
+What a step is, and the law that its token is drawn from, says `models/steps.py`. Places of finished rows go to waiting
+prompts. Every row has its own random numbers, fixed by its seed, and its own weights: what a row draws does not depend on
+its batch. Tokens are drawn by inverting the CDF of the candidates in order of pi_ref, so that equal seeds couple methods.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from equipoise.models.chat import prompt_ids, whole_sentences
+from equipoise.models.chat import prompt_ids
+from equipoise.models.hypotheses import Gate, Job, Place, Row, Search, Stream, by_job, finish, record
 from equipoise.models.rows import Batch
+from equipoise.models.steps import Guide, Sampling, Start, Step, branches, candidates, invert_cdf, known_tokens, law_of
 from equipoise.types import Request, Rollout, UserError
 
 if TYPE_CHECKING:
@@ -31,102 +26,7 @@ if TYPE_CHECKING:
 
     from equipoise.models.loading import LanguageModel
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn; the same for every method that is compared."""
-
-    max_new_tokens: int = 40
-    """Longest response, in tokens."""
-    temperature: float = 1.0
-    """Divides the reference's logits; the tilted policy's reference is the tempered one."""
-    top_k: int = 40
-    """Candidates per step, 0 for the whole vocabulary."""
-    greedy: bool = False
-    """Whether the likeliest candidate is taken instead of a draw; the law whose KL is stated is then all on that one."""
-    allow_eos_first: bool = False
-    """Whether a response may be empty."""
-    whole_sentences: bool = True
-    """Whether a response that ran into the cap is scored and shown up to its last whole sentence only."""
-    batch_size: int = 32
-    """Rows decoded together."""
-
-    def __post_init__(self) -> None:
-        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("batch_size", 1)):
-            if getattr(self, name) < low:
-                raise UserError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise UserError(f"temperature must be positive, got {self.temperature}")
-
-
-@dataclass
-class Step:
-    """What a guide sees of one step: R rows still running, C candidates each."""
-
-    candidates_RC: torch.Tensor
-    """Token ids, most likely first."""
-    ref_logprobs_RC: torch.Tensor
-    """log pi_ref restricted to the candidates (sums to 1 over C)."""
-    states: dict[int, torch.Tensor]
-    """Layer -> hidden state [R, D] of s_t, for the layers the guide asked for."""
-    weights_RK: torch.Tensor
-    """Each row's weights; rows without weights are NaN and are not shifted."""
-    position: int
-    """Response tokens drawn so far, the same for all rows."""
-    batch: Batch
-    """The running batch, for guides that run candidates through the policy, or whose own state follows its rows."""
-    requests: Sequence[Request]
-    """What each row answers."""
-    prompts: Sequence[Sequence[int]]
-    """Token ids of each row's prompt, the response tokens that its request gave among them."""
-    length_R: torch.Tensor
-    """Response tokens of each row so far, given ones included."""
-    logits_RV: torch.Tensor
-    """The policy's own logits, before temperature and bans; -inf where the tokenizer has no token."""
-    temperature: float
-    """By which the reference of `ref_logprobs_RC` is tempered."""
-
-
-class Guide(Protocol):
-    """Adds nats to the candidates' log-probabilities.
-
-    A guide with a state per row puts it among `step.batch.followers` at the first step (position 0); it is then told which
-    rows go on, and its forwards are counted.
-    """
-
-    objectives: tuple[str, ...]
-    layers: tuple[int, ...]
-    """Hidden states that `shift` reads."""
-
-    def shift(self, step: Step) -> torch.Tensor:
-        """Nats to add to each candidate's log-probability, [R, C]."""
-        ...
-
-    def advance(self, step: Step, choice_R: torch.Tensor) -> dict[int, torch.Tensor] | None:
-        """States after the chosen candidates where the guide already has them, else None."""
-        ...
-
-    @property
-    def forwards_per_step(self) -> int:
-        """Backbone tokens per row and step that the guide itself runs."""
-        ...
-
-
-@dataclass
-class _Row:
-    request: Request
-    uniforms: np.ndarray
-    prompt: Sequence[int]
-    """Of the prompt and the given response tokens."""
-    most: int
-    """Tokens that may be drawn."""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    ref_logprobs: list[float] = field(default_factory=list)
-    kl_steps: list[float] = field(default_factory=list)
-    kl_floor: float = 0.0
-    followed: int = 0
-    """Tokens that the batch's followers ran for this row."""
+__all__ = ["Guide", "Sampling", "Start", "Step", "generate", "known_tokens", "row_uniforms", "stream"]
 
 
 def generate(
@@ -135,11 +35,14 @@ def generate(
     config: Sampling,
     guide: Guide | None = None,
     *,
+    search: Search | None = None,
+    gate: Gate | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Rollout]:
     """Sample one response per request, in the order of the requests, or go on with the response that a request gives.
 
-    Prompts of similar length share a batch. `progress` is told of every finished response. Raises `UserError` for an
+    `search` and `gate` choose in other ways than by a draw. Prompts of similar length share a batch, and the place of a
+    response that is finished goes to the next prompt. `progress` is told of every finished response. Raises `UserError` for an
     empty prompt, one that leaves no room for the response, weights of the wrong length, or a given response that is finished.
     """
     import torch
@@ -148,13 +51,17 @@ def generate(
     for request, ids in zip(requests, encoded, strict=True):
         _check_request(lm, request, len(ids), config, guide)
     order = sorted(range(len(requests)), key=lambda i: (len(encoded[i]), i))
-    rollouts: dict[int, Rollout] = {}
+    jobs = [Job(i, requests[i], encoded[i], _most(requests[i], config), stream(requests[i].seed)) for i in order]
     with torch.inference_mode():
-        for start in range(0, len(order), config.batch_size):
-            chunk = order[start : start + config.batch_size]
-            done = _decode(lm, [requests[i] for i in chunk], [encoded[i] for i in chunk], config, guide, progress)
-            rollouts.update(zip(chunk, done, strict=True))
+        _Loop(lm, jobs, config, guide, search, gate, progress).run()
+    guided = guide.forwards_per_step if guide else 0
+    rollouts = {job.index: finish(job, lm, guided, config.whole_sentences) for job in jobs}
     return [rollouts[i] for i in range(len(requests))]
+
+
+def stream(seed: int) -> Stream:
+    """The row's random numbers, as many as it needs."""
+    return Stream(lambda count: row_uniforms(seed, count))
 
 
 def row_uniforms(seed: int, count: int) -> np.ndarray:
@@ -163,9 +70,14 @@ def row_uniforms(seed: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little"))).random(count)
 
 
+def _most(request: Request, config: Sampling) -> int:
+    left = config.max_new_tokens - len(request.given)
+    return left if request.most_tokens is None else min(request.most_tokens, left)
+
+
 def _check_request(lm: LanguageModel, request: Request, length: int, config: Sampling, guide: Guide | None) -> None:
     length -= len(request.given)
-    if len(request.given) >= config.max_new_tokens or not lm.eos_ids.isdisjoint(request.given) or (request.most_tokens or 1) < 1:
+    if _most(request, config) < 1 or not lm.eos_ids.isdisjoint(request.given):
         raise UserError(
             f"request {request.id!r} gives {len(request.given)} tokens to continue by at most {request.most_tokens}, with "
             f"max_new_tokens={config.max_new_tokens}: give fewer, and none that ends the turn"
@@ -184,194 +96,227 @@ def _check_request(lm: LanguageModel, request: Request, length: int, config: Sam
             raise UserError(f"request {request.id!r} has {len(request.weights)} weights for objectives {', '.join(guide.objectives)}")
 
 
-def _decode(
-    lm: LanguageModel,
-    requests: Sequence[Request],
-    prompts: Sequence[Sequence[int]],
-    config: Sampling,
-    guide: Guide | None,
-    progress: Callable[[int], None] | None,
-) -> list[Rollout]:
-    import torch
+class _Loop:
+    """The running batch, and the requests that wait for a place in it.
 
-    mosts = [min(r.most_tokens or config.max_new_tokens, config.max_new_tokens - len(r.given)) for r in requests]
-    rows = [_Row(r, row_uniforms(r.seed, n), p, n) for r, p, n in zip(requests, prompts, mosts, strict=True)]
-    running, known = list(rows), known_tokens(lm.tokenizer)
-    room = config.max_new_tokens + (_branches(lm, config) if guide and guide.forwards_per_step else 0)
-    stems = [len(p) - len(r.given) for r, p in zip(requests, prompts, strict=True)]
-    batch = Batch(lm, prompts, guide.layers if guide else (), room, stems=stems)
-    weights_RK = _weights(requests, guide, lm.device)
-    for position in range(max(mosts)):
-        step, floor_R = _candidates(batch, weights_RK, running, known, config)
-        shift_RC = _shift(guide, step)
-        logprobs_RC = step.ref_logprobs_RC if shift_RC is None else torch.log_softmax(step.ref_logprobs_RC + shift_RC, dim=-1)
-        if config.greedy:
-            logprobs_RC = _mode(logprobs_RC)
-        choice_R = _invert_cdf(logprobs_RC, [row.uniforms[position] for row in running])
-        tokens_R = step.candidates_RC.gather(1, choice_R[:, None])[:, 0]
-        _record(running, tokens_R, choice_R, logprobs_RC, step.ref_logprobs_RC, floor_R)
-        if batch.followers:
-            followed_R = torch.stack([follower.forwards_R for follower in batch.followers]).sum(dim=0)
-            for row, count in zip(running, followed_R.tolist(), strict=True):
-                row.followed = count
-        alive = [i for i, row in enumerate(running) if row.tokens[-1] not in lm.eos_ids and position + 1 < row.most]
-        if progress and len(alive) < len(running):
-            progress(len(running) - len(alive))
-        if not alive:
-            break
-        ahead = guide.advance(step, choice_R) if guide else None
-        if ahead is not None:
-            batch.states = ahead
-        if len(alive) < len(running):
-            keep = torch.as_tensor(alive, device=lm.device)
-            batch.select(keep)
-            tokens_R, weights_RK = tokens_R[keep], weights_RK[keep]
-            running = [running[i] for i in alive]
+    Each turn fills the free places, lets the gate look at the rows, and draws a token for each of them. A row that ends
+    keeps its place through one forward, which it idles, where a prompt waits to take it: a copy of the rest would cost more.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        jobs: Sequence[Job],
+        config: Sampling,
+        guide: Guide | None,
+        search: Search | None,
+        gate: Gate | None,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.lm, self.config, self.guide, self.search, self.gate, self.progress = lm, config, guide, search, gate, progress
+        self.known = known_tokens(lm.tokenizer)
+        self.at_once = max(1, config.batch_size // (search.width if search else 1))
+        self.waiting = deque(jobs)
+        self.ready: deque[tuple[int, Job]] = deque()
+        """Requests whose prompts were run, as rows of `incoming`."""
+        self.incoming: Batch | None = None
+        self.batch: Batch | None = None
+        self.rows: list[Row] = []
+        self._law: tuple[Step, torch.Tensor] | None = None
+
+    def run(self) -> None:
+        """Finish all requests."""
+        while self._fill():
+            assert self.batch is not None
+            if self.gate is None or not self.gate.review(self):
+                self._turn(self.batch)
+
+    @property
+    def law(self) -> tuple[Step, torch.Tensor]:
+        """The step that comes next, and -log of its candidates' mass under the reference."""
+        if self._law is None:
+            assert self.batch is not None
+            self._law = candidates(self.batch, self._weights([row.job for row in self.rows]), self.rows, self.known, self.config)
+        return self._law
+
+    def place(self, at: int) -> Place:
+        """Where a row is now. Raises `UserError` where one of the models can't go back."""
+        assert self.batch is not None
+        if not self.batch.mergeable:
+            raise UserError("going back on tokens needs models whose layers all attend to the full past: sample in another way")
+        return Place(self.batch.mark(at), self.rows[at].copy())
+
+    def restore(self, at: int, place: Place) -> None:
+        """Bring a row back to one of its places; the random numbers that it has used stay used."""
+        assert self.batch is not None
+        self.batch.restore(at, place.mark)
+        now, self.rows[at] = self.rows[at], place.row.copy()
+        self.rows[at].drawn, self.rows[at].followed = now.drawn, now.followed
+        self._law = None
+
+    def count_followers(self) -> None:
+        """Add what the followers have run since they were last asked to what the requests have cost."""
+        assert self.batch is not None
+        counts = [follower.forwards_R.tolist() for follower in self.batch.followers]
+        for row, *own in zip(self.rows, *counts, strict=True):
+            count = sum(own)
+            if not row.over:
+                row.job.followed += count - row.followed
+            row.followed = count
+
+    def end(self, job: Job, row: Row) -> None:
+        """Make the row its request's response."""
+        row.over, job.result = True, row
+        if self.progress:
+            self.progress(1)
+
+    def _weights(self, jobs: Sequence[Job]) -> torch.Tensor:
+        import torch
+
+        count = len(self.guide.objectives) if self.guide else 0
+        rows = [[float("nan")] * count if job.request.weights is None else list(job.request.weights) for job in jobs]
+        return torch.tensor(rows, dtype=torch.float32, device=self.lm.device).reshape(len(jobs), count)
+
+    def _fill(self) -> bool:
+        """Give free places to waiting requests; False where all are finished."""
+        if self.batch is None or all(row.over for row in self.rows):
+            return self._start()
+        free = [at for at, row in enumerate(self.rows) if row.over]
+        new = self._room() if free or self.search else 0
+        more = max(new - len(free), 0)
+        self._select([at for at in range(len(self.rows)) if at not in free[new:]] + [0] * more)
+        fill = [at for at, row in enumerate(self.rows) if row.over or at >= len(self.rows) - more]
+        while fill:
+            self._prefill()
+            slots, fill = fill[: len(self.ready)], fill[len(self.ready) :]
+            self._take(slots)
+        return True
+
+    def _start(self) -> bool:
+        """Make the requests that are ready the running batch."""
+        import torch
+
+        self._prefill()
+        self.batch, self.rows = self.incoming, [Row(job) for _, job in self.ready]
+        if self.batch is not None and len(self.ready) < len(self.batch.lengths_R):
+            self.batch.select(torch.tensor([row for row, _ in self.ready], device=self.lm.device))
+        self.incoming, self._law = None, None
+        self.ready.clear()
+        return self.batch is not None
+
+    def _take(self, slots: list[int]) -> None:
+        """Put the next requests that are ready in these places."""
+        import torch
+
+        assert self.batch is not None
+        assert self.incoming is not None
+        taken, device = [self.ready.popleft() for _ in slots], self.lm.device
+        self.batch.take(torch.tensor(slots, device=device), self.incoming, torch.tensor([row for row, _ in taken], device=device))
+        for at, (_, job) in zip(slots, taken, strict=True):
+            self.rows[at] = Row(job)
+        self._law = None
+        if not self.ready:
+            self.incoming = None
+
+    def _room(self) -> int:
+        """How many waiting requests may start now."""
+        if not (self.waiting or self.ready) or self.batch is None or not self.batch.mergeable:
+            return 0
+        running = len({id(row.job) for row in self.rows if not row.over})
+        return min(self.at_once - running, len(self.waiting) + len(self.ready))
+
+    def _prefill(self) -> None:
+        """Run the prompts of as many requests as run at once, where none is ready."""
+        if self.ready or not self.waiting:
+            return
+        jobs = [self.waiting.popleft() for _ in range(min(self.at_once, len(self.waiting)))]
+        prompts, guide = [job.prompt for job in jobs], self.guide
+        count = branches(self.lm, self.config)
+        room = self.config.max_new_tokens + (count if guide and guide.forwards_per_step else 0)
+        requests = [job.request for job in jobs]
+        stems = [len(job.prompt) - len(job.request.given) for job in jobs]
+        self.incoming = Batch(self.lm, prompts, guide.layers if guide else (), room, stems=stems)
+        start = Start(batch=self.incoming, requests=requests, prompts=prompts, weights_RK=self._weights(jobs), candidates=count)
+        self.incoming.followers += guide.follow(start) if guide else ()
+        self.ready.extend(enumerate(jobs))
+
+    def _select(self, keep: list[int]) -> None:
+        import torch
+
+        assert self.batch is not None
+        if keep != list(range(len(self.rows))):
+            self.batch.select(torch.tensor(keep, dtype=torch.long, device=self.lm.device))
+            self.rows = [self.rows[at] for at in keep]
+            self._law = None
+
+    def _turn(self, batch: Batch) -> None:
+        """Draw a token for each row, and run those that go on."""
+        import torch
+
+        step, floor_R = self.law
+        law_RC = law_of(self.guide, step, self.config.greedy)
+        self._law = None
+        self.count_followers()
+        for row in self.rows:
+            row.job.reads += 1
+        origin, choice_R, scores = self._choose(step, law_RC)
+        from_R = torch.tensor(origin, device=self.lm.device)
+        tokens_R = step.candidates_RC[from_R, choice_R]
+        rows = self.rows if origin == list(range(len(self.rows))) else [self.rows[at].copy() for at in origin]
+        record(rows, tokens_R, choice_R, law_RC[from_R], step.ref_logprobs_RC[from_R], floor_R[from_R])
+        for row, score in zip(rows, scores, strict=True):
+            row.score = score
+            row.ended = row.tokens[-1] in self.lm.eos_ids or len(row.tokens) == row.job.most
+        self._settle(rows)
+        keep = self._stay(rows)
+        if keep:
+            self._run(batch, step, from_R[keep], choice_R[keep])
+        else:
+            self.batch = None
+
+    def _run(self, batch: Batch, step: Step, from_R: torch.Tensor, choice_R: torch.Tensor) -> None:
+        """Run the chosen candidates of the rows that keep their places."""
+        if from_R.tolist() != list(range(len(step.candidates_RC))):
+            batch.select(from_R)
+            step = step.select(from_R)
+        ahead = self.guide.advance(step, choice_R) if self.guide else None
         if ahead is None:
-            batch.append(tokens_R)
-    guided = guide.forwards_per_step if guide else 0
-    return [_finish(row, lm, guided, config.whole_sentences) for row in rows]
+            batch.append(step.candidates_RC.gather(1, choice_R[:, None])[:, 0])
+        else:
+            batch.states = ahead
+        for row in self.rows:
+            row.job.runs += not row.over
 
+    def _choose(self, step: Step, law_RC: torch.Tensor) -> tuple[list[int], torch.Tensor, list[float]]:
+        """Which rows go on with which of their candidates, and what a search makes of it."""
+        if self.search is not None:
+            return self.search.extend(self.rows, law_RC, step)
+        return list(range(len(self.rows))), invert_cdf(law_RC, [row.job.uniforms[row.drawn] for row in self.rows]), [0.0] * len(self.rows)
 
-def _branches(lm: LanguageModel, config: Sampling) -> int:
-    return config.top_k or int(lm.head.weight.shape[0])
+    def _settle(self, rows: Sequence[Row]) -> None:
+        """Mark the rows that are over, and end the requests that have their response."""
+        if self.search is not None:
+            for job, own in by_job(rows):
+                job.pool += [row for row in own if row.ended]
+                going = [row for row in own if not row.ended]
+                done = not going or self.search.over(job, going)
+                for row in own:
+                    row.over = done or row.ended
+                if done:
+                    self.end(job, self.search.best(job))
+        elif self.gate is None:
+            for row in rows:
+                if row.ended:
+                    self.end(row.job, row)
 
-
-def _weights(requests: Sequence[Request], guide: Guide | None, device: Any) -> torch.Tensor:
-    import torch
-
-    count = len(guide.objectives) if guide else 0
-    rows = [list(r.weights) if r.weights is not None else [float("nan")] * count for r in requests]
-    return torch.tensor(rows, dtype=torch.float32, device=device).reshape(len(requests), count)
-
-
-def known_tokens(tokenizer: Any) -> int:
-    """Ids below this may be tokens; rows of a vocabulary matrix from here on are padding that is never drawn."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def _candidates(batch: Batch, weights_RK: torch.Tensor, running: Sequence[_Row], known: int, config: Sampling) -> tuple[Step, torch.Tensor]:
-    """The step's candidates, and -log of their mass under the reference."""
-    import torch
-
-    position = len(running[0].tokens)
-    raw_RV = batch.lm.head(batch.states[batch.lm.num_layers]).float()
-    raw_RV[:, known:] = float("-inf")
-    logits_RV = raw_RV / config.temperature if config.temperature != 1.0 else raw_RV
-    if position == 0 and not config.allow_eos_first:
-        first_R1 = torch.tensor([[not row.request.given] for row in running], device=logits_RV.device)
-        ends_V = torch.zeros(logits_RV.shape[1], dtype=torch.bool, device=logits_RV.device)
-        ends_V[sorted(batch.lm.eos_ids)] = True
-        logits_RV = logits_RV.masked_fill(first_R1 & ends_V, float("-inf"))
-    count = min(config.top_k or logits_RV.shape[-1], logits_RV.shape[-1])
-    top_RC, candidates_RC = torch.topk(logits_RV, count, dim=-1)
-    mass_R = torch.logsumexp(top_RC, dim=-1)
-    floor_R = torch.logsumexp(logits_RV, dim=-1) - mass_R
-    step = Step(
-        candidates_RC=candidates_RC,
-        ref_logprobs_RC=top_RC - mass_R[:, None],
-        states=batch.states,
-        weights_RK=weights_RK,
-        position=position,
-        batch=batch,
-        requests=[row.request for row in running],
-        prompts=[row.prompt for row in running],
-        length_R=torch.tensor([len(row.request.given) + position for row in running], device=logits_RV.device),
-        logits_RV=raw_RV,
-        temperature=config.temperature,
-    )
-    return step, floor_R
-
-
-def _mode(logprobs_RC: torch.Tensor) -> torch.Tensor:
-    """All mass on each row's likeliest candidate."""
-    import torch
-
-    best_R1 = logprobs_RC.argmax(dim=-1, keepdim=True)
-    return torch.full_like(logprobs_RC, float("-inf")).scatter(1, best_R1, 0.0)
-
-
-def _shift(guide: Guide | None, step: Step) -> torch.Tensor | None:
-    import torch
-
-    if guide is None:
-        return None
-    shift_RC = guide.shift(step)
-    unweighted = torch.tensor([request.weights is None for request in step.requests], device=shift_RC.device)
-    # What the reference can't say stays unsaid, whatever is added.
-    aside_RC = unweighted[:, None] | step.ref_logprobs_RC.isneginf()
-    shift_RC = shift_RC.masked_fill(aside_RC, 0.0)
-    bad = ~torch.isfinite(shift_RC).all(dim=1)
-    if bad.any():
-        request = step.requests[int(bad.nonzero()[0, 0])]
-        raise UserError(
-            f"the guide returned NaN or infinity for request {request.id!r} at token {step.position}: check its heads or models"
-        )
-    return shift_RC
-
-
-def _invert_cdf(logprobs_RC: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """The first candidate whose cumulative probability exceeds the row's uniform."""
-    import torch
-
-    cdf_RC = logprobs_RC.double().exp().cumsum(dim=-1)
-    u_R = torch.as_tensor(np.asarray(uniforms), dtype=torch.float64, device=logprobs_RC.device)
-    # Scaled by the last entry, so that rounding of the sum can't push a draw past the end.
-    choice_R = (cdf_RC <= (u_R * cdf_RC[:, -1])[:, None]).sum(dim=-1)
-    return choice_R.clamp(max=logprobs_RC.shape[-1] - 1)
-
-
-def _record(
-    running: Sequence[_Row],
-    tokens_R: torch.Tensor,
-    choice_R: torch.Tensor,
-    logprobs_RC: torch.Tensor,
-    ref_RC: torch.Tensor,
-    floor_R: torch.Tensor,
-) -> None:
-    import torch
-
-    picked = choice_R[:, None]
-    terms_RC = logprobs_RC.exp() * (logprobs_RC - ref_RC)
-    # A banned first token has probability 0 in both: 0 * (-inf + inf) is 0 here.
-    kl_R = torch.nan_to_num(terms_RC, nan=0.0).sum(dim=-1)
-    columns = zip(
-        running,
-        tokens_R.tolist(),
-        logprobs_RC.gather(1, picked)[:, 0].tolist(),
-        (ref_RC.gather(1, picked)[:, 0] - floor_R).tolist(),
-        kl_R.tolist(),
-        floor_R.tolist(),
-        strict=True,
-    )
-    for row, token, logprob, ref_logprob, kl, floor in columns:
-        row.tokens.append(token)
-        row.logprobs.append(logprob)
-        row.ref_logprobs.append(ref_logprob)
-        row.kl_steps.append(kl)
-        row.kl_floor += floor
-
-
-def _finish(row: _Row, lm: LanguageModel, guided: int, whole: bool) -> Rollout:
-    stopped = row.tokens[-1] in lm.eos_ids
-    body = [*row.request.given, *(row.tokens[:-1] if stopped else row.tokens)]
-    kept = whole_sentences(lm.tokenizer, body) if whole and not stopped else len(body)
-    steps = len(row.tokens)
-    return Rollout(
-        id=row.request.id,
-        prompt_id=row.request.prompt.id,
-        tokens=tuple(row.tokens),
-        text=lm.tokenizer.decode(body[:kept], skip_special_tokens=True).strip(),
-        text_tokens=kept,
-        logprobs=tuple(row.logprobs),
-        ref_logprobs=tuple(row.ref_logprobs),
-        kl=sum(row.kl_steps),
-        kl_steps=tuple(row.kl_steps),
-        kl_floor=row.kl_floor,
-        finish_reason="stop" if stopped else "length",
-        weights=row.request.weights,
-        seed=row.request.seed,
-        base_forwards=len(row.prompt) + steps - 1,
-        # Where the guide runs the chosen token for the policy, nobody needed the last one.
-        guide_forwards=guided * steps + (guided > 0) + row.followed,
-    )
+    def _stay(self, rows: Sequence[Row]) -> list[int]:
+        """The rows that keep their places: those that go on, and as many of the others as prompts wait, if any row goes on."""
+        self.rows = list(rows)
+        spare = self._room() if self.search is None and not all(row.over for row in rows) else 0
+        keep = []
+        for at, row in enumerate(rows):
+            if not row.over or spare > 0:
+                keep.append(at)
+                spare -= row.over
+        self.rows = [rows[at] for at in keep]
+        return keep

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -17,9 +19,38 @@ class Follower(Protocol):
     forwards_R: torch.Tensor
     """Backbone tokens that it has run for each row."""
 
+    @property
+    def mergeable(self) -> bool:
+        """Whether rows of another one can be taken over."""
+        ...
+
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows."""
         ...
+
+    def take(self, slots: torch.Tensor, other: Any, rows: torch.Tensor) -> None:
+        """Put rows of another one of its kind in place of these."""
+        ...
+
+    def mark(self, row: int) -> Any:
+        """All that is needed to bring a row back to where it is now."""
+        ...
+
+    def restore(self, row: int, mark: Any) -> None:
+        """Bring a row back to one of its marks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a row was: which columns of the cache it sees, and its states."""
+
+    mask_T: torch.Tensor
+    trimmed: int
+    """Columns that its batch had given up by then."""
+    length: torch.Tensor
+    states: dict[int, torch.Tensor]
+    followers: list[Any]
 
 
 class Batch:
@@ -45,7 +76,8 @@ class Batch:
 
         self.lm, self.layers, self.room = lm, tuple(layers), room
         self.followers: list[Follower] = []
-        self._start = 0
+        self._start = self._trimmed = 0
+        self._branched: dict[int, torch.Tensor] = {}
         # Samples of one prompt share its prefill; its keys are then copied to each of their rows.
         read = [()] * len(prompts) if conditions_RK is None else [tuple(row) for row in conditions_RK.tolist()]
         asked = [(tuple(p), c) for p, c in zip(prompts, read, strict=True)]
@@ -130,43 +162,114 @@ class Batch:
         sees = torch.zeros((rows, 1, count, self._start + count), dtype=torch.bool, device=ids_RC.device)
         sees[:, 0, :, : self._start] = self.mask_RT[:, None, :].bool()
         sees[:, 0, :, self._start :] = torch.eye(count, dtype=torch.bool, device=ids_RC.device)
-        return self.forward(ids_RC, sees, self.lengths_R[:, None].expand(rows, count))
+        self._branched = self.forward(ids_RC, sees, self.lengths_R[:, None].expand(rows, count))
+        return self._branched
 
     def keep(self, choice_R: torch.Tensor) -> None:
         """Of the candidates that were branched to, keep each row's chosen one, which is never run again."""
+        import torch
+
         from equipoise.models.cache import keep_branch
 
         keep_branch(self.cache, self._start, choice_R)
+        rows = torch.arange(len(choice_R), device=choice_R.device)
+        self.states = {layer: states[rows, choice_R] for layer, states in self._branched.items()}
+        self._branched = {}
         self.extend()
 
-    def extend(self, count: int = 1) -> None:
-        """Make room in mask and lengths for more tokens per row."""
+    def extend(self, there_RT: torch.Tensor | None = None) -> None:
+        """Make room in mask and lengths for more tokens per row: those that are there, one for each row by itself."""
         import torch
 
-        self.mask_RT = torch.cat([self.mask_RT, self.mask_RT.new_ones((self.mask_RT.shape[0], count))], dim=1)
-        self.lengths_R = self.lengths_R + count
+        new_RT = self.mask_RT.new_ones((self.mask_RT.shape[0], 1)) if there_RT is None else there_RT.to(self.mask_RT.dtype)
+        self.mask_RT = torch.cat([self.mask_RT, new_RT], dim=1)
+        self.lengths_R = self.lengths_R + new_RT.sum(dim=1)
 
     def append(self, tokens_R: torch.Tensor) -> None:
         """Feed one token per row."""
         self.feed(tokens_R[:, None])
 
-    def feed(self, tokens_RT: torch.Tensor) -> None:
-        """Feed some tokens per row, as many to each."""
+    def feed(self, tokens_RT: torch.Tensor, there_RT: torch.Tensor | None = None) -> None:
+        """Feed some tokens per row: all, or those that are there, which end in the last column; a row that is fed none loses its states."""
         import torch
 
-        count = tokens_RT.shape[1]
-        self.extend(count)
-        positions = self.lengths_R[:, None] - torch.arange(count, 0, -1, device=tokens_RT.device)
-        self.states = self.run(tokens_RT, self.mask_RT, positions)
+        self.extend(torch.ones_like(tokens_RT) if there_RT is None else there_RT)
+        positions = self.lengths_R[:, None] - torch.arange(tokens_RT.shape[1], 0, -1, device=tokens_RT.device)
+        self.states = self.run(tokens_RT, self.mask_RT, positions.clamp(min=0))
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, here and in all that follows."""
+        """Keep these rows, in this order and as often as they are named, here and in all that follows."""
         from equipoise.models.cache import select_rows
 
         self.mask_RT, self.lengths_R = self.mask_RT[rows], self.lengths_R[rows]
         self.states = {layer: states[rows] for layer, states in self.states.items()}
+        self._branched = {layer: states[rows] for layer, states in self._branched.items()}
         select_rows(self.cache, rows)
         if self.conditions_RK is not None:
             self.conditions_RK = self.conditions_RK[rows]
         for follower in self.followers:
             follower.select(rows)
+
+    def copy(self, rows: torch.Tensor) -> Batch:
+        """These rows in a batch of their own, without what follows them."""
+        from equipoise.models.cache import shared_copy
+
+        made = copy.copy(self)
+        made.cache, made.followers = shared_copy(self.cache), []
+        made.select(rows)
+        return made
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether rows of another batch can be taken over, and rows go back to their marks."""
+        from equipoise.models.cache import attends_fully
+
+        return attends_fully(self.lm.model.config) and all(follower.mergeable for follower in self.followers)
+
+    def take(self, slots: torch.Tensor, other: Batch, rows: torch.Tensor) -> None:
+        """Put rows of another batch of the same model in place of these, here and in all that follows.
+
+        Columns are shared by all rows: what is new ends where the others end now, and a row doesn't see the columns before
+        it. Columns that no row sees any more are given up.
+        """
+        import torch
+
+        from equipoise.models.cache import take_rows
+
+        take_rows(self.cache, slots, other.cache, rows)
+        wider = max(other.mask_RT.shape[1] - self.mask_RT.shape[1], 0)
+        self.mask_RT = torch.nn.functional.pad(self.mask_RT, (0, wider))
+        self.mask_RT[slots] = torch.nn.functional.pad(other.mask_RT[rows], (self.mask_RT.shape[1] - other.mask_RT.shape[1], 0))
+        self.lengths_R = self.lengths_R.index_copy(0, slots, other.lengths_R[rows])
+        self.states = {layer: states.index_copy(0, slots, other.states[layer][rows]) for layer, states in self.states.items()}
+        if self.conditions_RK is not None and other.conditions_RK is not None:
+            self.conditions_RK = self.conditions_RK.index_copy(0, slots, other.conditions_RK[rows])
+        for mine, theirs in zip(self.followers, other.followers, strict=True):
+            mine.take(slots, theirs, rows)
+        self._trim()
+
+    def _trim(self) -> None:
+        unseen = int(self.mask_RT.any(dim=0).to(self.mask_RT.dtype).argmax())
+        for layer in self.cache.layers if unseen else ():
+            layer.trim(unseen)
+        self.mask_RT, self._trimmed = self.mask_RT[:, unseen:], self._trimmed + unseen
+
+    def mark(self, row: int) -> Mark:
+        """All that is needed to bring a row, and what follows it, back to where it is now."""
+        states = {layer: states[row].clone() for layer, states in self.states.items()}
+        followers = [follower.mark(row) for follower in self.followers]
+        return Mark(self.mask_RT[row].clone(), self._trimmed, self.lengths_R[row].clone(), states, followers)
+
+    def restore(self, row: int, mark: Mark) -> None:
+        """Bring a row back to one of its marks: its later tokens stay in the cache, unseen, and an earlier mark's are seen again."""
+        seen_T = mark.mask_T[self._trimmed - mark.trimmed :]  # a row's first token is never given up while it runs
+        self.mask_RT = self.mask_RT.clone()
+        self.mask_RT[row] = 0
+        self.mask_RT[row, : len(seen_T)] = seen_T
+        self.lengths_R = self.lengths_R.clone()
+        self.lengths_R[row] = mark.length
+        self.states = {layer: states.clone() for layer, states in self.states.items()}
+        for layer, state in mark.states.items():
+            self.states[layer][row] = state
+        for follower, theirs in zip(self.followers, mark.followers, strict=True):
+            follower.restore(row, theirs)

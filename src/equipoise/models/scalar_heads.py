@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from equipoise.models.chat import PLAIN_TEMPLATE
-from equipoise.models.loading import eos_ids, resolve
+from equipoise.models.loading import LanguageModel, eos_ids, resolve
 from equipoise.types import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +54,20 @@ def load_scalar(name: str, *, layers: int = 0, max_length: int = 0) -> tuple[Any
     if max_length:
         tokenizer.model_max_length = max_length
     return model, tokenizer
+
+
+def load_scorer(name: str) -> LanguageModel:
+    """A trained model with one logit, to be read token by token. Raises `UserError` where it has another number of logits."""
+    import torch
+    from transformers import AutoConfig
+
+    model, tokenizer = load_scalar(name)
+    source, revision = resolve(name)
+    labels = AutoConfig.from_pretrained(source).num_labels
+    if labels != 1:
+        raise UserError(f"{name!r} has {labels} logits, where a scorer has one: train one with `train bradley_terry`, or name another")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LanguageModel(model.eval().requires_grad_(False).to(device), tokenizer, name, revision)
 
 
 def _keep_layers(config: Any, layers: int, name: str) -> None:

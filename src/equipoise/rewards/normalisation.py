@@ -12,7 +12,7 @@ The range form follows the usual normalisation before a hypervolume; standardisi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -70,6 +70,11 @@ class Statistics:
     def undo(self, value_NK: np.ndarray, rewards: Rewards, scorers: Mapping[str, str], form: Form = "z") -> np.ndarray:
         """Values of `apply`, in the scorers' own units again; `rewards` names the columns."""
         return unscaled(value_NK, *self._affine(rewards.objectives, scorers, form))
+
+    def normaliser(self, objectives: Sequence[str], scorers: Mapping[str, str]) -> Normaliser:
+        """What standardises single rewards of these objectives. Raises `UserError` as `apply` does."""
+        mean, sd = self._affine(tuple(objectives), scorers, "z")
+        return Normaliser(objectives=tuple(objectives), mean_K=tuple(mean), sd_K=tuple(sd))
 
     def _affine(self, objectives: tuple[str, ...], scorers: Mapping[str, str], form: Form) -> tuple[list[float], list[float]]:
         """(offset, scale) of these objectives."""

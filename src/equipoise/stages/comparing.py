@@ -11,6 +11,7 @@ from equipoise.models.generation import Sampling
 from equipoise.progress import bar
 from equipoise.runs import EXECUTION, stage, write_json, write_text
 from equipoise.stages import common
+from equipoise.stages.choosing import Choice
 from equipoise.stages.steering import Steer, Steering, sampler_of, steering_of
 from equipoise.types import UserError
 
@@ -27,6 +28,8 @@ class Method(Steer):
     """Its weight vectors, as helpful=0.7,harmless=0.3 each; empty for the comparison's grid."""
     policies: tuple[str, ...] = ()
     """Folders of policies that were trained at one weight vector each (DPO, MODPO); each is a point of the method."""
+    choice: Choice = field(default_factory=Choice)
+    """How its responses are chosen among proposals."""
 
     def __post_init__(self) -> None:
         if self.policies and (self.weights or self.policy):
@@ -147,6 +150,7 @@ def _placed(name: str, steering: Steering | None, objectives: tuple[str, ...]) -
 
         def guide(lm: LanguageModel) -> Guide:
             made = steering.way.guide(lm)
+            assert made is not None, "a tuned policy is a guide"
             made.objectives = objectives  # the policy is the same whatever the weights beside it say
             return made
 

@@ -51,9 +51,11 @@ def sweep(config: Sweep) -> Path:
     from equipoise.data.splits import refuse_leaks
     from equipoise.decoding.value_guided import PolicySampler, make_guide
     from equipoise.evaluation.sweep import sweep_point
+    from equipoise.models.steps import branches
     from equipoise.models.value_heads import ValueHeads
     from equipoise.objectives import simplex_grid
     from equipoise.rewards import artefacts, load_rewards, parse_name
+    from equipoise.rollouts import SHARD_BATCHES
 
     heads = ValueHeads.load(config.values / "values.safetensors")
     objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
@@ -78,11 +80,10 @@ def sweep(config: Sweep) -> Path:
         plan += [("prefix", w, few, 1) for w in grid if few and max(w) == 1.0]
         with bar(f"sweeping {len(plan)} points on {len(prompts)} unseen prompts", sum(len(p) * n for _, _, p, n in plan)) as advance:
             for method, weights, chosen, count in plan:
-                guide = make_guide(lm, heads, method, sampling.top_k, kl_budget=config.kl_budget) if weights else None
+                guide = make_guide(lm, heads, method, branches(lm, sampling), kl_budget=config.kl_budget) if weights else None
                 sampler = PolicySampler(lm, sampling, guide)
-                point = sweep_point(
-                    run.folder, method, sampler, weights, chosen, count, config.seed, rewards, sampling.batch_size, sampled=advance
-                )
+                size = SHARD_BATCHES * sampling.batch_size
+                point = sweep_point(run.folder, method, sampler, weights, chosen, count, config.seed, rewards, size, sampled=advance)
                 run.outputs += sorted((run.folder / point.source).glob("*/*.parquet"))
     return config.out
 

@@ -174,12 +174,12 @@ class Apply:
 def apply(config: Apply) -> str:
     """Sample and score the candidates once, choose by each palette, write applied.json and figures; returns a table."""
     from equipoise.data.prompts import prompts_file
-    from equipoise.decoding.palette import candidate_requests
+    from equipoise.decoding.choosing import candidate_requests
     from equipoise.evaluation.palette_text import applied_table
     from equipoise.evaluation.palettes import applied, applied_figures
     from equipoise.rewards import load_rewards
     from equipoise.rewards.scoring import score_shards
-    from equipoise.rollouts import collect, make_requests
+    from equipoise.rollouts import SHARD_BATCHES, collect, make_requests
 
     records = [_solved(folder) for folder in config.palettes]
     most = _candidates(config, records)
@@ -200,7 +200,8 @@ def apply(config: Apply) -> str:
         requests = make_requests(prompts, config.responses, config.seed, steering.weights if steering else None)
         candidates = candidate_requests(requests, most)
         with bar(f"sampling {most} candidates for {len(requests)} responses", len(candidates)) as advance:
-            rollouts = collect(sampler, candidates, run.folder / "rollouts", serve["sample"]["sampling"]["batch_size"], advance)
+            size = SHARD_BATCHES * serve["sample"]["sampling"]["batch_size"]
+            rollouts = collect(sampler, candidates, run.folder / "rollouts", size, advance)
         rewards = load_rewards(serve["score"]["rewards"], common.model_of(serve["score"]["model"]))
         with bar(f"scoring {', '.join(serve['score']['rewards'])}", len(rollouts)) as advance:
             scored = score_shards(rewards, {p.id: p for p in prompts}, rollouts, run.folder / "rewards", serve["score"]["shard"], advance)

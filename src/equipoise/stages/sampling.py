@@ -12,6 +12,7 @@ from equipoise.models.generation import Sampling
 from equipoise.progress import bar, say
 from equipoise.runs import EXECUTION, stage
 from equipoise.stages import common
+from equipoise.stages.choosing import Choice
 from equipoise.stages.steering import Steer, sampler_of, steering_of
 from equipoise.types import Prompt, Response, UserError
 
@@ -36,6 +37,8 @@ class Sample(Steer):
     """Fixes every response."""
     sampling: Sampling = field(default_factory=Sampling)
     """How tokens are drawn."""
+    choice: Choice = field(default_factory=Choice)
+    """How a response is chosen among proposals."""
     weights: str = ""
     """Point of the simplex, as helpful=0.7,harmless=0.3."""
     trust_remote_code: bool = False
@@ -45,10 +48,11 @@ class Sample(Steer):
 def sample(config: Sample) -> Path:
     """Sample and return the run folder."""
     from equipoise.data.prompts import prompts_file
-    from equipoise.rollouts import collect, make_requests
+    from equipoise.rollouts import SHARD_BATCHES, collect, make_requests
 
-    if config.sampling.greedy and config.samples > 1:
-        raise UserError(f"greedy responses to one prompt are all the same: set samples to 1, not {config.samples}")
+    if (config.sampling.greedy or config.choice.how == "beam") and config.samples > 1:
+        kind = "greedy" if config.sampling.greedy else "searched"
+        raise UserError(f"{kind} responses to one prompt are all the same: set samples to 1, not {config.samples}")
     prompts = common.prompts_of(config.prompts, config.split, config.limit)
     settings = common.settings_of(config)
     steering = steering_of(settings)
@@ -60,10 +64,10 @@ def sample(config: Sample) -> Path:
         requests = make_requests(prompts, config.samples, config.seed, steering.weights if steering else None)
         sampler = sampler_of(lm, settings, steering)
         with bar(f"sampling {len(prompts)} prompts x {config.samples}", len(requests)) as advance:
-            rollouts = collect(sampler, requests, run.folder / "rollouts", config.sampling.batch_size, advance)
+            rollouts = collect(sampler, requests, run.folder / "rollouts", SHARD_BATCHES * config.sampling.batch_size, advance)
         run.outputs += sorted((run.folder / "rollouts").glob("*.parquet"))
         run.facts |= {"rollouts": len(rollouts), "tokens": sum(len(r.tokens) for r in rollouts), "prompts": len(prompts)}
-        run.facts |= {"model_revision": lm.revision}
+        run.facts |= {"model_revision": lm.revision, "reward_calls": sum(r.reward_calls for r in rollouts)}
     return config.out
 
 

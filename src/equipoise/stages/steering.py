@@ -6,16 +6,15 @@ The settings are those that a manifest keeps, so that a later stage draws as an 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.runs import read_json
 from equipoise.stages import common
-from equipoise.types import UserError
+from equipoise.types import Sampler, UserError
 
 if TYPE_CHECKING:
-    from equipoise.decoding.value_guided import PolicySampler
     from equipoise.models.generation import Guide
     from equipoise.models.loading import LanguageModel
     from equipoise.objectives import Normaliser
@@ -42,8 +41,12 @@ class Steer:
     """Tuned models to mix instead (MOD), as [helpful=MODEL,harmless=MODEL]; folders of adapters run in one forward."""
     divergence: str = "reverse_kl"
     """With which they were tuned: reverse_kl, forward_kl, jsd or alpha:A."""
+    scope: str = "prefix"
+    """Mix by the probabilities of whole prefixes, as the paper, or of each token alone: prefix or token."""
     guides: tuple[str, ...] = ()
     """Reward models to steer with instead (GenARM), as [helpful=MODEL,..]; or one file of adapters that read weights (PARM)."""
+    scorers: tuple[str, ...] = ()
+    """Reward or value models that read every candidate instead (ARGS, VAS, controlled decoding), as [helpful=FOLDER,..]."""
     soup: tuple[str, ...] = ()
     """Adapters whose weighted sum to sample from instead, as [helpful=FOLDER,harmless=FOLDER]."""
     policy: str = ""
@@ -51,7 +54,7 @@ class Steer:
     messages: tuple[str, ...] = ()
     """System messages to steer with instead, as [helpful=FOR,harmless=FOR|AGAINST]."""
     beta: float = 1.0
-    """Divides the log-probabilities that guides and messages add, and values where kl_budget is null."""
+    """Divides the log-probabilities that guides and messages add, scorers' values, and values where kl_budget is null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +65,8 @@ class Way:
     """In the order of the weights."""
     parents: Mapping[str, Path]
     """Files that the steering rests on."""
-    guide: Callable[[LanguageModel], Guide]
-    """Made for the policy, once it is loaded."""
+    guide: Callable[[LanguageModel], Guide | None]
+    """Made for the policy, once it is loaded; None where only the choice among its responses steers."""
     fixed: tuple[float, ...] | None = None
     """The weights that a policy was trained at, all that it can be steered by; None where a request brings its own."""
 
@@ -108,19 +111,41 @@ def way_of(sampled: Settings) -> Way | None:
     asked = [name for name in _WAYS if sampled.get(name)]
     if len(asked) > 1:
         raise UserError(f"steering goes one way at a time, got {' and '.join(asked)}")
-    return _WAYS[asked[0]](sampled) if asked else None
+    return _chosen(sampled, _WAYS[asked[0]](sampled) if asked else None)
 
 
-def sampler_of(lm: LanguageModel, sampled: Settings, steering: Steering | None) -> PolicySampler:
-    """The sampler of these settings, steered by `steering_of` the same ones."""
+def _chosen(sampled: Settings, way: Way | None) -> Way | None:
+    """The way with what the choice among responses adds to it."""
+    from equipoise.stages.choosing import choice_of, choosing_objectives, choosing_parents
+
+    choice = choice_of(sampled)
+    if choice is None or (way is None and not choice.rewards):
+        return way
+    objectives, parents = choosing_objectives(choice, way.objectives if way else None), choosing_parents(choice)
+    if way is None:
+        return Way(objectives=objectives, parents=parents, guide=lambda lm: None)
+    return replace(way, objectives=objectives, parents={**way.parents, **parents})
+
+
+def sampler_of(lm: LanguageModel, sampled: Settings, steering: Steering | None) -> Sampler:
+    """The sampler of these settings, steered by `steering_of` the same ones.
+
+    Raises `UserError` for more candidates per token than there are tokens.
+    """
     from equipoise.decoding.value_guided import PolicySampler
-    from equipoise.models.generation import Sampling
+    from equipoise.models.generation import Sampling, known_tokens
+    from equipoise.stages.choosing import choice_of, choosing_sampler
 
-    return PolicySampler(lm, Sampling(**sampled["sampling"]), steering.way.guide(lm) if steering else None)
+    sampling, choice = Sampling(**sampled["sampling"]), choice_of(sampled)
+    if sampling.top_k > known_tokens(lm.tokenizer):
+        raise UserError(f"top_k={sampling.top_k} is more than the {known_tokens(lm.tokenizer)} tokens of {lm.name!r}: 0 takes all of them")
+    guide = steering.way.guide(lm) if steering else None
+    return choosing_sampler(lm, choice, sampling, guide) if choice else PolicySampler(lm, sampling, guide)
 
 
 def _by_values(sampled: Settings) -> Way:
     from equipoise.decoding.value_guided import ValueModelGuide, make_guide
+    from equipoise.models.steps import Sampling, branches
     from equipoise.models.value_heads import ValueHeads
     from equipoise.models.value_models import is_value_model, load_value_model
 
@@ -139,7 +164,7 @@ def _by_values(sampled: Settings) -> Way:
     heads = ValueHeads.load(folders[0] / "values.safetensors")
 
     def guide(lm: LanguageModel) -> Guide:
-        return make_guide(lm, heads, sampled["form"], sampled["sampling"]["top_k"], **strength)
+        return make_guide(lm, heads, sampled["form"], branches(lm, Sampling(**sampled["sampling"])), **strength)
 
     return Way(objectives=heads.objectives, parents={"values": Path(sampled["values"]) / "manifest.json"}, guide=guide)
 
@@ -160,14 +185,18 @@ def _by_mixing(sampled: Settings) -> Way:
     from equipoise.models.weighted_lora import route_adapters
 
     Divergence.parse(sampled["divergence"])
+    scope = sampled.get("scope", "prefix")
+    if scope not in ("prefix", "token"):
+        raise UserError(f"models are mixed in the scope prefix or token, not {scope!r}")
     models = named("mixing", sampled["mixing"])
     folders = {name: Path(model).expanduser() for name, model in models.items()}
 
     def guide(lm: LanguageModel) -> Guide:
         # Adapters run in one forward on the policy's own weights.
         if all((folder / ADAPTER_CONFIG).exists() for folder in folders.values()):
-            return mixing_guide(lm, route_adapters(lm, folders), sampled["divergence"])
-        return mixing_guide(lm, {n: common.model_of(m, sampled["trust_remote_code"]) for n, m in models.items()}, sampled["divergence"])
+            return mixing_guide(lm, route_adapters(lm, folders), sampled["divergence"], scope)
+        tuned = {n: common.model_of(m, sampled["trust_remote_code"]) for n, m in models.items()}
+        return mixing_guide(lm, tuned, sampled["divergence"], scope)
 
     return Way(objectives=tuple(models), parents=parents_of(models), guide=guide)
 
@@ -192,6 +221,18 @@ def _by_guides(sampled: Settings) -> Way:
         return reward_guide(lm, {n: common.model_of(m, sampled["trust_remote_code"]) for n, m in models.items()}, sampled["beta"])
 
     return Way(objectives=tuple(models), parents=parents_of(models), guide=guide)
+
+
+def _by_scorers(sampled: Settings) -> Way:
+    from equipoise.decoding.scorer_guided import ScorerGuide
+    from equipoise.models.scalar_heads import load_scorer
+
+    folders = named("scorers", sampled["scorers"])
+
+    def guide(lm: LanguageModel) -> Guide:
+        return ScorerGuide(lm, {name: load_scorer(folder) for name, folder in folders.items()}, sampled["beta"])
+
+    return Way(objectives=tuple(folders), parents=parents_of(folders), guide=guide)
 
 
 def _by_messages(sampled: Settings) -> Way:
@@ -278,6 +319,7 @@ _WAYS = {
     "values": _by_values,
     "mixing": _by_mixing,
     "guides": _by_guides,
+    "scorers": _by_scorers,
     "messages": _by_messages,
     "soup": _by_soup,
     "policy": _by_policy,
