@@ -109,6 +109,11 @@ def test_policies_stand_where_they_were_trained(policies, tiny_folder, asked, tm
     points = [p for p in found["points"] if p["method"] == "trained"]
     assert [p["weights"] for p in points] == [[0.3, 0.7], [0.0, 1.0]]
     assert all(p["kl"] > 0 for p in points)
+    # a tuned policy costs what it reads itself; the reference beside it is there for the KL
+    plain = np.mean([r.base_forwards for r in read_point(tmp_path / "out", "reference", None).rollouts])
+    for point in points:
+        rollouts = read_point(tmp_path / "out", "trained", tuple(point["weights"])).rollouts
+        assert point["cost"] == pytest.approx(np.mean([r.guide_forwards for r in rollouts]) / plain)
     assert main(command(tmp_path / "odd", tiny_folder, asked, methods={"m": {"policies": [f"{policies}/odd"]}})) == 2
     assert "'m' is steered by odd" in capsys.readouterr().err
 

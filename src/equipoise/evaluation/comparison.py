@@ -6,8 +6,8 @@ at the KL that it spent (between two n by linear interpolation) and at its cost 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,20 @@ def comparison_of(
     plan: Mapping[str, Sequence[Weights]],
     grid: Sequence[Weights],
     settings: Mapping[str, Any],
+    measured: Collection[str] = (),
 ) -> dict[str, Any]:
     """All figures of a comparison. `plan` is each method's weights; best-of-n is taken at every weight of `grid`.
 
+    `measured`: methods beside which the reference runs only to measure them, so that its forwards aren't in their cost.
     `settings`: best_of, each_best_of, ref_point, n_boot, examples, seed.
     """
     reference = read_point(folder, "reference", None)
     normaliser = Normaliser.fit(tuple(objectives), reference.reward_NK[:, : len(objectives)])
     summary = Summary(reference, normaliser, settings["n_boot"], settings["seed"])
-    scored = {method: [read_point(folder, method, w) for w in weights] for method, weights in plan.items()}
+    scored = {
+        method: [replace(read_point(folder, method, w), reference_counts=method not in measured) for w in weights]
+        for method, weights in plan.items()
+    }
     points = {method: [summary.point(s) for s in found] for method, found in scored.items()}
     ladder = {n: [summary.best_of(reference, w, n, "best-of-n") for w in grid] for n in settings["best_of"]}
     then = {

@@ -58,8 +58,8 @@ _STYLES = {
     "best-of-n": Style(colour="#D55E00", marker="^", line="-."),
     "resampling": Style(colour="#CC79A7", marker="D", line=":"),
 }
-# Three colours, four markers, five lines: no two of the first twelve unknown methods share colour and marker.
-_SPARE_COLOURS = ("#E69F00", "#56B4E9", "#5A5A5A")
+# Five colours, four markers, five lines: no two of the first five unknown methods share a colour, nor of twenty colour and marker.
+_SPARE_COLOURS = ("#E69F00", "#56B4E9", "#5A5A5A", "#009E73", "#0072B2")
 _SPARE_MARKERS = ("v", "P", "*", "<")
 _SPARE_LINES = ((0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (7, 3)), (0, (2, 1)))
 

@@ -128,7 +128,8 @@ def _points(evaluation: Evaluation) -> Html:
         _note(
             "Means with 95 % intervals over prompts. Rewards are in standard deviations of the reference's reward, 0 being its mean; the "
             "gain is the difference to the reference on the same prompts. The floor is the KL of keeping only the likeliest tokens, which "
-            "every method pays; it isn't part of the KL beside it. Cost 1 is one plain response. – is unscored, not 0."
+            "every method pays; it isn't part of the KL beside it. Cost 1 is one plain response, in "
+            "tokens read; the reference beside a tuned policy only measures it and isn't counted. – is unscored, not 0."
         ),
         found,
     )

@@ -62,7 +62,7 @@ class Summary:
         self._mean = np.array([*normaliser.mean_K, *judged.mean_K])
         self._sd = np.array([*normaliser.sd_K, *judged.sd_K])
         self.indices = bootstrap_indices(len(self.prompt_ids), n_boot, seed)
-        self._unit = mean_cost(reference.rollouts)
+        self._unit = mean_cost(reference)
         self.reference = self.point(reference)
 
     def _z(self, scored: Scored) -> np.ndarray:
@@ -78,7 +78,7 @@ class Summary:
             "weights": scored.weights,
             "n": 1,
             "kl": float(np.mean([r.kl for r in scored.rollouts])),
-            "cost": mean_cost(scored.rollouts) / self._unit,
+            "cost": mean_cost(scored) / self._unit,
             "tokens_per_s": tokens_per_second(scored),
         }
         return Point(

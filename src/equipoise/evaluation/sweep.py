@@ -24,6 +24,8 @@ class Scored:
     names: tuple[str, ...]
     seconds: float
     source: str
+    reference_counts: bool = True
+    """Whether the reference's forwards are part of the method, or only measure its KL and name its candidates."""
 
     def by_prompt(self, prompt_ids: Sequence[str]) -> np.ndarray:
         """Row indices [P, S] of each prompt's samples, in the order they were asked for."""
@@ -69,9 +71,9 @@ def read_point(root: Path, method: str, weights: tuple[float, ...] | None) -> Sc
     return Scored(method, weights, rollouts, rewards.reward_NK, rewards.objectives, seconds, str(folder.relative_to(root)))
 
 
-def mean_cost(rollouts: Sequence[Rollout]) -> float:
-    """Backbone tokens per response, prompt included."""
-    return float(np.mean([r.base_forwards + r.guide_forwards for r in rollouts]))
+def mean_cost(point: Scored) -> float:
+    """Tokens that backbones read per response, prompt included; the reference's only where the method needs them."""
+    return float(np.mean([r.base_forwards * point.reference_counts + r.guide_forwards for r in point.rollouts]))
 
 
 def tokens_per_second(point: Scored) -> float | None:

@@ -172,7 +172,8 @@ def _evaluate(config: Compare, plan: Mapping[str, Any], grid: Any, prompts: Any)
     manifest = manifest_of(config.out, "compare")
     objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
     weights = {name: [steering.weights for _, steering in points] for name, points in plan.items()}
-    result = comparison_of(config.out, objectives, {p.id: p for p in prompts}, weights, grid, manifest["config"])
+    measured = {name for name, points in plan.items() if all(steering.way.reference_measures for _, steering in points)}
+    result = comparison_of(config.out, objectives, {p.id: p for p in prompts}, weights, grid, manifest["config"], measured)
     result |= {"model": config.model, "settings": manifest["config"], "versions": manifest["versions"], "facts": manifest["facts"]}
     result["files"] = [
         {"path": str(config.out / name), "sha256": digest, "what": "compare"} for name, digest in manifest["outputs"].items()

@@ -69,6 +69,8 @@ class Way:
     """Made for the policy, once it is loaded; None where only the choice among its responses steers."""
     fixed: tuple[float, ...] | None = None
     """The weights that a policy was trained at, all that it can be steered by; None where a request brings its own."""
+    reference_measures: bool = False
+    """Whether the reference's forward only measures the KL and names the candidates: the method itself can do without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +200,8 @@ def _by_mixing(sampled: Settings) -> Way:
         tuned = {n: common.model_of(m, sampled["trust_remote_code"]) for n, m in models.items()}
         return mixing_guide(lm, tuned, sampled["divergence"], scope)
 
-    return Way(objectives=tuple(models), parents=parents_of(models), guide=guide)
+    # The reverse KL with weights that sum to 1 mixes the tuned models alone.
+    return Way(objectives=tuple(models), parents=parents_of(models), guide=guide, reference_measures=sampled["divergence"] == "reverse_kl")
 
 
 def _by_guides(sampled: Settings) -> Way:
@@ -257,7 +260,7 @@ def _by_soup(sampled: Settings) -> Way:
         routed = route_adapters(lm, {name: Path(folder).expanduser() for name, folder in folders.items()})
         return tuned_guide(lm, Voice(lm=routed, condition="weights"))
 
-    return Way(objectives=tuple(folders), parents=parents_of(folders), guide=guide)
+    return Way(objectives=tuple(folders), parents=parents_of(folders), guide=guide, reference_measures=True)
 
 
 def _by_policy(sampled: Settings) -> Way:
@@ -273,6 +276,7 @@ def _by_policy(sampled: Settings) -> Way:
             objectives=tuple(read_header(folder)["objectives"]),
             parents=parents_of({"policy": name}),
             guide=lambda lm: tuned_guide(lm, Voice(lm=load_weighted(lm, folder), condition="weights")),
+            reference_measures=True,
         )
     objectives, weights = _trained_at(folder)
 
@@ -283,7 +287,7 @@ def _by_policy(sampled: Settings) -> Way:
             voice = Voice(lm=common.model_of(name, sampled["trust_remote_code"]))
         return tuned_guide(lm, voice, objectives)
 
-    return Way(objectives=objectives, parents=parents_of({"policy": name}), guide=guide, fixed=weights)
+    return Way(objectives=objectives, parents=parents_of({"policy": name}), guide=guide, fixed=weights, reference_measures=True)
 
 
 def _trained_at(folder: Path) -> tuple[tuple[str, ...], tuple[float, ...]]:
