@@ -1,52 +1,56 @@
 #!/usr/bin/env bash
-# SIPO on SmolLM2 without a GPU: HH-RLHF's short pairs, labelled by the embedded rewards, whose conflicts the policies resolve themselves.
+# SIPO on SmolLM2 without a GPU: the model's own answers to HH-RLHF's prompts, labelled by the embedded rewards, whose conflicts its two
+# policies resolve themselves.
 # usage:    [HH=FOLDER] pipelines/sipo_smollm2.sh [--tiny] [--list] [OUT]        a killed run continues when it is run again
 # needs:    helpful-base and harmless-base of HH-RLHF (MIT) as FOLDER/NAME.test.jsonl.gz, by default ../shared/data/hh_rlhf
-# takes:    about 30 minutes on 2 CPU cores by the tokens it runs (320 a second and core forwards, 100 in training); not measured as a whole
-# expect:   250 pairs of 250 prompts, 184 of them in conflict (labelling takes 43 CPU seconds); the rest was not run yet:
-#           OUT/selected/summary.json: accept rates, gains and lengths by stage, the embedded judges held out; OUT/compare/report.html:
-#           MOD of the first policies beside MOD of the re-aligned ones, on prompts of no training pair
-# Small on purpose: 250 pairs a policy, 32 conflicts at 3 weights, 64 tokens. Reviews by a model of 135M are what they are: `combine`
-# keeps a rewrite only where it is no worse on both implicit rewards, and the summary says how often that was.
+#           prompts, bank, pairs and the first two policies are those of pipelines/preferences.sh, taken over where OUT is the same
+# takes:    @
+# expect:   OUT/sipo/selected/summary.json: accept rates, gains and lengths by stage, the embedded judges held out;
+#           OUT/sipo/compare/report.html: MOD of the first policies beside MOD of the re-aligned ones, on prompts of no training pair.
+#           On HH's own pairs instead (human-written answers, 32 conflicts) 1 of 96 candidates was accepted: the policies' samples are 0.7 and
+#           0.3 sd below both answers in the policies' own view, and the reviews of 135M parameters don't mend that.
 source "$(dirname "$0")/common.sh"
-weights='["0.75,0.25","0.5,0.5","0.25,0.75"]'
+weights='["0.75,0.25","0.5,0.5","0.25,0.75"]' objectives=(helpful harmless)
+train=(--cache "$out/logprobs" --dpo.beta 0.5 --dpo.max_length 256 --dpo.lora.dropout 0 --dpo.fit.warmup 0.1 --dpo.fit.batch_size 8)
+first=(--dpo.test_share 0.1 --dpo.fit.learning_rate 2e-4 --dpo.fit.max_steps 36 --dpo.fit.accumulate 2 --dpo.fit.checkpoint_every 12)
+again=(--dpo.nll 0.1 --dpo.fit.checkpoint_every 6)
 if [ -n "$tiny" ]; then
   run tiny --out "$out/tiny"
-  base=$out/tiny/model sources=helpful=hh:$out/tiny/hh.jsonl draw=() shares='{train: 0.7, test: 0.3}' limit=5
-  dpo=(--dpo.lora.rank 2 --dpo.test_share 0.5 --dpo.fit.batch_size 4 --dpo.fit.max_steps 3) first=(--dpo.fit.learning_rate 1e-2)
-  again=(--dpo.fit.learning_rate 1e-3) drawn=(--sampling.max_new_tokens 8) refine=(--reviewing.max_new_tokens 8 --rewriting.max_new_tokens 8)
-  select=(--margin -9) rewards='[helpful=long,harmless=readable]' held_out='[brief]' judges='[]' points=(--limit 4 --steps 2 --n_boot 50 --examples 1)
+  objectives=(long readable) model=$out/tiny/model sources=hh:$out/tiny/hh.jsonl draw=() limit=5
+  first+=(--dpo.lora.rank 2 --dpo.fit.max_steps 3 --dpo.test_share 0.3) again+=(--dpo.test_share 0.5 --dpo.fit.learning_rate 1e-3)
+  sampling=(--sampling.max_new_tokens 8 --sampling.top_k 12 --sampling.batch_size 16)
+  refine=(--reviewing.max_new_tokens 8 --rewriting.max_new_tokens 8) select=(--margin -9)
+  held_out='[brief]' judges='[]' points=(--limit 4 --n_boot 50 --examples 1)
 else
   HH=${HH:-$here/../../shared/data/hh_rlhf}
-  base=smollm2 sources=helpful=hh:$HH/helpful-base.test.jsonl.gz,harmless=hh:$HH/harmless-base.test.jsonl.gz shares='{train: 0.8, test: 0.2}'
-  draw=(--max_words 60 --size 250) limit=32
-  dpo=(--dpo.lora.rank 16 --dpo.max_length 192 --dpo.fit.batch_size 8 --dpo.fit.warmup 0.1 --dpo.fit.checkpoint_every 10
-    --dpo.licence 'MIT (HH-RLHF, Anthropic)')
-  first=(--dpo.fit.learning_rate 2e-4) again=(--dpo.fit.learning_rate 5e-5)
-  drawn=(--sampling.max_new_tokens 64) refine=(--reviewing.max_new_tokens 64 --rewriting.max_new_tokens 64)
-  select=() rewards='[helpful,harmless]' held_out='[helpful,harmless,judge_helpful,judge_harmless]'
-  judges='[judge_helpful,judge_harmless]' points=(--limit 16 --steps 2)
+  model=smollm2 sources=hh:$HH/helpful-base.test.jsonl.gz,hh:$HH/harmless-base.test.jsonl.gz draw=(--max_words 50 --per_source 400) limit=48
+  again+=(--dpo.test_share 0.1 --dpo.fit.learning_rate 5e-5)
+  sampling=(--sampling.max_new_tokens 40 --sampling.top_k 40 --sampling.batch_size 64)
+  refine=(--reviewing.max_new_tokens 48 --rewriting.max_new_tokens 40) select=()
+  held_out='[helpful,harmless,judge_helpful,judge_harmless]' judges='[judge_helpful,judge_harmless]' points=(--limit 40)
 fi
-before="[helpful=$out/helpful/adapter,harmless=$out/harmless/adapter]"
-after="[helpful=$out/helpful-again/adapter,harmless=$out/harmless-again/adapter]"
+rewards="[${objectives[0]},${objectives[1]}]" pairs="[labelled:$out/pairs/pairs.jsonl]"
+before="[${objectives[0]}=$out/${objectives[0]}/adapter,${objectives[1]}=$out/${objectives[1]}/adapter]"
+after="[${objectives[0]}=$out/sipo/${objectives[0]}/adapter,${objectives[1]}=$out/sipo/${objectives[1]}/adapter]"
 
-run pairs --out "$out/hh" --sources "[$sources]" --shares "$shares" "${draw[@]}"
-run label --out "$out/labelled" --pairs "[labelled:$out/hh/train.jsonl]" --rewards "$rewards" --margin 0.1
-for name in helpful harmless; do
-  run train dpo --out "$out/$name" --model "$base" --pairs "[labelled:$out/labelled/pairs.jsonl]" --dpo.objectives "[$name]" \
-    "${dpo[@]}" "${first[@]}"
+run prompts --out "$out/prompts" --sources "[$sources]" --single_turn true "${draw[@]}" \
+  --shares '{"train": 0.8, "validation": 0.1, "test": 0.1}'
+run sample --model "$model" --prompts "$out/prompts/prompts.jsonl" --samples 4 "${sampling[@]}" --out "$out/bank"
+run score --run "$out/bank" --model "$model" --rewards "$rewards"
+run label --run "$out/bank" --choice extremes --out "$out/pairs"
+for name in "${objectives[@]}"; do
+  run train dpo --model "$model" --pairs "$pairs" --dpo.objectives "[$name]" "${train[@]}" "${first[@]}" --out "$out/$name"
 done
-run sipo sample --out "$out/samples" --model "$base" --pairs "[labelled:$out/labelled/pairs.jsonl]" --limit "$limit" \
-  --mixing "$before" --weights "$weights" --sampling.greedy true "${drawn[@]}"
-run sipo refine --out "$out/refined" --samples "$out/samples" --one_shot false --review_weights helpful=1 "${refine[@]}"
-run sipo score --out "$out/scores" --samples "$out/samples" --refined "$out/refined" --policies "$before" --soups '["0.5,0.5"]' \
-  --held_out "$held_out"
-run sipo select --out "$out/selected" --scores "$out/scores" --unfinished keep --replay 0.2 \
-  --replay_pairs "[labelled:$out/labelled/pairs.jsonl]" "${select[@]}"
-for name in helpful harmless; do
-  run train dpo --out "$out/$name-again" --model "$out/$name/adapter" --pairs "[labelled:$out/selected/pairs.jsonl]" \
-    --dpo.objectives "[$name]" --dpo.nll 0.1 "${dpo[@]}" "${again[@]}"
+run sipo sample --out "$out/sipo/samples" --model "$model" --pairs "$pairs" --limit "$limit" --mixing "$before" --weights "$weights" \
+  "${sampling[@]}" --sampling.greedy true
+run sipo refine --out "$out/sipo/refined" --samples "$out/sipo/samples" --one_shot false --review_weights "${objectives[0]}=1" "${refine[@]}"
+run sipo score --out "$out/sipo/scores" --samples "$out/sipo/samples" --refined "$out/sipo/refined" --policies "$before" \
+  --soups '["0.5,0.5"]' --held_out "$held_out"
+run sipo select --out "$out/sipo/selected" --scores "$out/sipo/scores" --unfinished keep --replay 0.5 --replay_pairs "$pairs" "${select[@]}"
+for name in "${objectives[@]}"; do
+  run train dpo --model "$out/$name/adapter" --pairs "[labelled:$out/sipo/selected/pairs.jsonl]" --dpo.objectives "[$name]" \
+    "${train[@]}" "${again[@]}" --out "$out/sipo/$name"
 done
-run compare --out "$out/compare" --model "$base" --prompts "$out/hh/prompts.jsonl" --split test "${points[@]}" \
+run compare --out "$out/sipo/compare" --model "$model" --prompts "$out/prompts/prompts.jsonl" --split test "${points[@]}" --steps 2 \
   --methods "{MOD: {mixing: $before}, SIPO: {mixing: $after}}" \
-  --rewards "$rewards" --judges "$judges" --samples 1 --reference_samples 4 --best_of '[2,4]' "${drawn[@]}"
+  --rewards "$rewards" --judges "$judges" --samples 1 --reference_samples 4 --best_of '[2,4]' "${sampling[@]}"
