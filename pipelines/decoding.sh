@@ -20,7 +20,7 @@ else
   model=smollm2 sources=hh:$HH/helpful-base.test.jsonl.gz,hh:$HH/harmless-base.test.jsonl.gz draw=(--max_words 50 --per_source 400)
   judges='[judge_helpful,judge_harmless]'
   sampling=(--sampling.max_new_tokens 40 --sampling.top_k 40 --sampling.batch_size 64)
-  value=() scorer=(--reward.max_length 192 --reward.test_share 0.1) trees=(--limit 120 --growth.layers 4)
+  value=() scorer=(--reward.max_length 192 --reward.test_share 0.1 --reward.fit.epochs 1) trees=(--limit 80 --growth.layers 4)
   model_of_values=(--value.fit.epochs 1 --value.fit.learning_rate 2e-4 --value.lora.rank 16 --value.lora.alpha 32)
   points=(--samples 1 --steps 2) segment='shortest: 8, longest: 16, tries: 8'
 fi
@@ -45,15 +45,16 @@ run train value_model --config "$here/../recipes/value-model.yaml" --labels "$ou
 messages="['$first=You are a helpful assistant. Answer in full, with details and examples.|You give short, vague answers.',\
 '$second=You are a careful assistant. Refuse politely what could do harm.|You say whatever harms or offends.']"
 chosen="rewards: $rewards, scale: $out/scale.json"
+ends="weights: ['$first=1,$second=0', '$first=0,$second=1']" # of those that read 40 candidates a token, a point takes 5 minutes and more
 run compare --out "$out/decoding" --model "$model" --prompts "$out/prompts/prompts.jsonl" "${sampling[@]}" "${points[@]}" \
   --rewards "$rewards" --judges "$judges" --methods "{\
 single-pass: {values: '$out/values'}, \
 single-pass at 4 nats: {values: '$out/values', kl_budget: 4.0}, \
-prefix: {values: '$out/values', form: prefix}, \
-value model: {values: '$out/value-model', skip_above: 0.95}, \
+prefix: {values: '$out/values', form: prefix, $ends}, \
+value model: {values: '$out/value-model', skip_above: 0.95, $ends}, \
 contrast of prompts: {messages: $messages}, \
-ARGS: {scorers: ['$first=$out/scorer-$first/model', '$second=$out/scorer-$second/model']}, \
-Monte Carlo of 8: {choice: {how: resampling, n: 8, beta: 0.3, $chosen}}, \
+ARGS: {scorers: ['$first=$out/scorer-$first/model', '$second=$out/scorer-$second/model'], $ends}, \
+Monte Carlo of 4: {choice: {how: resampling, n: 4, beta: 0.3, $chosen}}, \
 rejection: {choice: {how: rejection, $chosen, segments: {threshold: 0.5, $segment}}}, \
 blocks: {choice: {how: blocks, block: 10, n: 4, $chosen}}, \
 single-pass best-of-4: {values: '$out/values', choice: {how: best_of, n: 4, $chosen}}}"
