@@ -314,7 +314,7 @@ def test_beams_by_the_values_of_a_value_model(done, tmp_path, capsys):
     beams = f"{base} --values {done}/values0 --weights 0.5,0.5 --choice.how beam --choice.beams.score value"
     assert main(f"{beams} --out {tmp_path}/beams".split()) == 0
     assert len(read_rollouts(tmp_path / "beams" / "rollouts")) == 3
-    assert "value models without skip_above" in refused(f"{beams} --skip_above 0.9 --out {tmp_path}/skip", capsys)
+    assert "of value models never skipped" in refused(f"{beams} --skip_above 0.9 --out {tmp_path}/skip", capsys)
 
 
 def test_labels_that_are_not_of_these_trees_are_refused(done, tmp_path, capsys):

@@ -131,7 +131,7 @@ class BeamSampler:
             raise UserError("greedy leaves a law of one token, in which there is nothing to search: set it to false, beams=1 is greedy")
         if self.beams.score == "value" and not getattr(self.guide, "of_prefixes", False):
             raise UserError(
-                "ranking beams by value needs a guide by values of prefixes, as scorers and value models without skip_above are: use score=logprob"
+                "ranking beams by value needs values of prefixes, as of scorers and of value models never skipped: use score=logprob"
             )
 
     @property
