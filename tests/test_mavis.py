@@ -307,6 +307,8 @@ def test_value_models_that_do_not_fit_the_policy(done, tmp_path, capsys):
         )
     ):
         assert says in refused(f"{base} --out {tmp_path}/{number} --values {values} --weights {weights}", capsys)
+    distil = f"distil --trees {done}/trees0 --values [{done}/brief,{tmp_path}/diverse] --out {tmp_path}/distilled"
+    assert f"'{tmp_path}/diverse/model' has another tokenizer than" in refused(distil, capsys)
 
 
 def test_beams_by_the_values_of_a_value_model(done, tmp_path, capsys):
