@@ -163,6 +163,17 @@ def test_whole_prefixes_hundreds_of_nats_apart(name, times):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_models_that_agree_on_one_outcome_alone(name):
+    """Before Z it has half of the mass, after it nearly all: Z is as far off as it can be."""
+    log_MC = np.log([[0.5, 0.5 - 1e-6, 1e-6], [0.5, 1e-6, 0.5 - 1e-6]])
+    logref_C, weights_M = np.log([0.98, 0.01, 0.01]), np.array([0.5, 0.5])
+    got = closed_form(Divergence.parse(name), *tensors(log_MC, logref_C, weights_M))[0].numpy()
+    assert np.exp(got).sum() == pytest.approx(1, abs=1e-12)
+    assert np.exp(got)[0] > 0.99
+    np.testing.assert_allclose(got, solve(name, log_MC, logref_C, weights_M), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_outcomes_that_cannot_happen(name):
     log_MC, logref_C, weights_M = laws(5, models=2, outcomes=4)
     fewer = closed_form(Divergence.parse(name), *tensors(log_MC, logref_C, weights_M))
