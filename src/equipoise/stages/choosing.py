@@ -73,7 +73,7 @@ def choice_of(sampled: Mapping[str, Any]) -> Choice | None:
     if not found.get("how"):
         return None
     # A manifest has null for infinity.
-    segments = {name: math.inf if value is None else value for name, value in found["segments"].items()}
+    segments: dict[str, Any] = {name: math.inf if value is None else value for name, value in found["segments"].items()}
     nested = {"segments": Segments(**segments), "beams": Beams(**found["beams"]), "rewards": tuple(found["rewards"])}
     return Choice(**{**found, **nested})
 
