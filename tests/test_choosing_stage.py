@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from conftest import FOLDER_WORDS, build_llama, build_tokenizer
 from equipoise.cli import main
 from equipoise.data.prompts import load_prompts
 from equipoise.decoding.beam import Beams, BeamSampler
 from equipoise.decoding.choosing import ChoosingSampler, WeightedRewards
-from equipoise.decoding.logit_mixing import mixing_guide
+from equipoise.decoding.logit_mixing import mixing_guide, tuned_guide
 from equipoise.decoding.rejection import Segments, SegmentSampler
 from equipoise.decoding.scorer_guided import ScorerGuide
 from equipoise.decoding.value_guided import PolicySampler
+from equipoise.models.companions import Voice
 from equipoise.models.generation import Sampling
 from equipoise.models.loading import load_model
 from equipoise.models.scalar_heads import load_scorer
@@ -27,6 +29,7 @@ from equipoise.objectives import Normaliser
 from equipoise.rewards import load_rewards
 from equipoise.rollouts import make_requests, read_rollouts
 from equipoise.runs import read_json
+from equipoise.stages.choosing import choice_of
 from small_pipeline import write_prompts
 
 SAMPLING = Sampling(max_new_tokens=8, top_k=12, batch_size=4)
@@ -103,7 +106,7 @@ def test_what_is_sampled_is_what_the_library_draws(parts, tiny_folder, tmp_path,
     assert main(words) == 0
     assert read_rollouts(tmp_path / "run" / "rollouts") == got
     capsys.readouterr()
-    assert main([*words, "--choice.n", "5"]) == 2
+    assert main([*words, "--choice.rewards", "[diverse,brief]"]) == 2
     assert "another config.choice" in capsys.readouterr().err
 
 
@@ -153,6 +156,36 @@ def test_steered_proposals_beams_and_scorers(parts, tiny_folder, tmp_path):
     assert [r.tokens for r in got] == [r.tokens for r in want]
 
 
+def test_a_tuned_policy_is_chosen_among_by_weights_that_it_has_not(parts, tiny_folder, tmp_path, capsys):
+    words = command(parts, tiny_folder, tmp_path / "best", "--policy", str(parts / "x"), *CHOICES["best_of"])
+    assert main(words) == 0
+    lm, model = load_model(str(tiny_folder)), load_model(str(parts / "x"))
+    got = read_rollouts(tmp_path / "best" / "rollouts")
+    inner = PolicySampler(lm, SAMPLING, tuned_guide(lm, Voice(lm=model), ("brief", "diverse")))
+    rewards = WeightedRewards(rewards=load_rewards(["brief", "diverse"], lm))
+    want = ChoosingSampler(inner=inner, rewards=rewards, n=3)(asked(parts, got, 2))
+    assert [(r.tokens, r.weights) for r in got] == [(r.tokens, r.weights) for r in want]
+    assert all(r.guide_forwards > 0 for r in got)
+    capsys.readouterr()
+    assert main([*words[: words.index("--weights")], "--out", str(tmp_path / "none")]) == 2
+    assert "steering needs both weights and one of" in capsys.readouterr().err
+
+
+def test_an_endless_threshold_is_read_again_from_the_record(parts, tiny_folder, tmp_path):
+    """Infinity is null in a manifest: the best of all tries, which the log of the run reads too."""
+    words = [*CHOICES["rejection"], "--choice.segments.threshold", ".inf"]
+    assert main(command(parts, tiny_folder, tmp_path / "run", *words)) == 0
+    got = read_rollouts(tmp_path / "run" / "rollouts")
+    lm = load_model(str(tiny_folder))
+    rewards = WeightedRewards(rewards=load_rewards(["brief", "diverse"], lm))
+    endless = replace(SEGMENTS, threshold=math.inf)
+    want = SegmentSampler(lm=lm, sampling=SAMPLING, segments=endless, rewards=rewards)(asked(parts, got, 2))
+    assert [r.tokens for r in got] == [r.tokens for r in want]
+    assert choice_of(read_json(tmp_path / "run" / "manifest.json")["config"]).segments == endless
+    assert main(["score", "--run", str(tmp_path / "run"), "--model", str(tiny_folder), "--rewards", "[brief,diverse]"]) == 0
+    assert main(["log", "--run", str(tmp_path / "run"), "--n_boot", "20"]) == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -174,7 +207,13 @@ def test_steered_proposals_beams_and_scorers(parts, tiny_folder, tmp_path):
         (["--choice.how", "best_of", "--choice.rewards", "[brief]"], "steering needs both weights and one of"),
         (["--choice.how", "beam"], "searched responses to one prompt are all the same: set samples to 1, not 2"),
         (["--choice.how", "best_of", "--choice.n", "0", *BY], "n must be at least 1, got 0"),
+        (["--choice.how", "blocks", "--choice.block", "0", *BY], "block must be at least 1, got 0"),
+        (["--choice.how", "resampling", "--choice.beta", "-1", *BY], "beta must be positive, got -1"),
         (["--choice.segments.tries", "0"], "tries must be at least 1, got 0"),
+        (["--choice.n", "5"], "choice.n is read where how is best_of or resampling or blocks, not where it is ''"),
+        (["--choice.how", "best_of", "--choice.beta", "2", *BY], "choice.beta is read where how is resampling, not where it is 'best_of'"),
+        (["--choice.how", "best_of", *BY, "--sampling.greedy", "true", "--samples", "1"], "greedy candidates are all the same"),
+        (["--messages", "[x=help]", "--weights", "-0.5,1.5"], "2 weights (-0.5, 1.5) for 1 objectives (x)"),
         (
             ["--guides", "[x={p}/x]", "--choice.how", "best_of", "--choice.rewards", "[brief]", "--weights", "x=1"],
             "the choice is by brief, the steering by x: name the same",
@@ -207,6 +246,37 @@ def test_the_prompt_and_the_token_of_a_nan_are_named(parts, tiny_folder, tmp_pat
     words[words.index("--prompts") + 1] = str(tmp_path / "prompts.jsonl")
     assert main(words) == 2
     assert "for prompt 'odd' (request 'odd/0@1') at token 0" in capsys.readouterr().err
+
+
+def test_a_nan_later_on_loses_nothing_that_was_finished(parts, tiny_folder, tmp_path, capsys):
+    """At token 3, in the second shard: the first one stays as it is, and the same command goes on behind it."""
+    from equipoise.models.chat import prompt_ids
+
+    lm = load_model(str(tiny_folder))
+    prompts = [p for p in load_prompts(str(parts / "prompts.jsonl")) if p.id < "t09"]
+    room = max(len(prompt_ids(lm.tokenizer, p)) for p in prompts)
+    # Position embeddings that are NaN from some place on break only what is longer.
+    config = GPT2Config(
+        vocab_size=len(FOLDER_WORDS), n_positions=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=2, pad_token_id=0, bos_token_id=None
+    )
+    model = GPT2LMHeadModel(config)
+    model.transformer.wpe.weight.data[room + 2 :] = float("nan")
+    model.save_pretrained(tmp_path / "late")
+    build_tokenizer(FOLDER_WORDS).save_pretrained(tmp_path / "late")
+    long = max(prompts, key=lambda p: len(prompt_ids(lm.tokenizer, p)))
+    rows = [{"id": f"s{i}", "prompt": "help"} for i in range(4)] + [{"id": "long", "prompt": long.text}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = command(parts, tiny_folder, tmp_path / "run", "--guides", f"[x={tmp_path}/late]", "--weights", "x=1", "--split", "")
+    words += ["--limit", "0", "--samples", "1", "--sampling.batch_size", "1", "--sampling.max_new_tokens", "4"]
+    words[words.index("--prompts") + 1] = str(tmp_path / "prompts.jsonl")
+    for _ in range(2):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "CompanionGuide on x returned NaN or infinity for prompt 'long' (request 'long/0@1') at token 3" in said
+        first = tmp_path / "run" / "rollouts" / "part-00000.parquet"
+        assert [r.prompt_id for r in read_rollouts(first.parent)] == ["s0", "s1", "s2", "s3"]
+        written = first.stat().st_mtime_ns
+    assert first.stat().st_mtime_ns == written
 
 
 def test_the_whole_vocabulary_has_as_many_candidates_as_tokens(tiny_lm):

@@ -247,6 +247,20 @@ def test_a_steered_sample_goes_through(small, tmp_path, capsys):
     assert "sampled from a steered policy" in refused(f"train value --run {tmp_path}/x --out {tmp_path}/v".split(), capsys)
 
 
+def test_settings_that_heads_would_not_read(small, tmp_path, capsys):
+    out, lines, _ = small
+    words = [*lines["sample"], "--out", str(tmp_path / "x"), "--values", str(out / "values"), "--weights", "brief=1"]
+    assert "skip_above=0.5 is for value models" in refused([*words, "--skip_above", "0.5"], capsys)
+    assert "beta=0.5 divides values where there is no budget, and kl_budget is 1: set it" in refused([*words, "--beta", "0.5"], capsys)
+
+
+def test_a_file_without_prompts(small, tmp_path, capsys):
+    _, lines, _ = small
+    (tmp_path / "none.jsonl").write_text("\n")
+    words = [*lines["sample"], "--out", str(tmp_path / "x"), "--prompts", str(tmp_path / "none.jsonl")]
+    assert refused(words, capsys) == f"equipoise: {tmp_path}/none.jsonl has no prompts"
+
+
 @pytest.mark.parametrize("budget", ["0", "-1", "100000"])
 def test_a_budget_that_cannot_be_spent(small, tmp_path, capsys, budget):
     out, lines, _ = small

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from equipoise.cli import main
 from equipoise.forests.backups import path_sums
 from equipoise.forests.labelling import read_labels
 from equipoise.forests.records import read_forest
+from equipoise.models.value_heads import ValueHeads
 from equipoise.models.value_models import load_value_model
 from equipoise.rewards.scoring import read_rewards
 from equipoise.rollouts import read_rollouts
@@ -274,11 +276,47 @@ def test_bad_input(done, tmp_path, capsys):
         f"{train} --value.bottom_fraction 0": "bottom_fraction",
         f"distil --trees {done}/trees0 --values [{done}/brief,{done}/brief] --out {tmp_path}/d": "share an objective: brief, brief",
         f"distil --trees {done}/trees0 --values [{done}/labels0] --out {tmp_path}/e": "no value model at",
+        f"sweep --values {done}/values0 --out {tmp_path}/s": "is a value model, which `compare` takes as a method",
         f"log --run {done}/trees0": "is not a `sample` folder but one of `grow`",
     }.items():
         # A run that is refused once it has begun leaves its folder with its settings.
         fresh = words.replace("NEW", f"{abs(hash(words))}")
         assert says in refused(fresh, capsys), words
+
+
+def test_value_models_that_do_not_fit_the_policy(done, tmp_path, capsys):
+    """Of a backbone with as many tokens under other ids, alone or beside one that fits; all mass where there is no model."""
+    shutil.copytree(done / "tiny" / "model", tmp_path / "swapped")
+    path = tmp_path / "swapped" / "tokenizer.json"
+    found = json.loads(path.read_text())
+    words = found["model"]["vocab"]
+    words["home"], words["car"] = words["car"], words["home"]
+    path.write_text(json.dumps(found))
+    shutil.copytree(done / "diverse", tmp_path / "diverse")
+    file = tmp_path / "diverse" / "model" / "heads.safetensors"
+    heads = ValueHeads.load(file)
+    replace(heads, model=str(tmp_path / "swapped")).save(file)
+    base = f"sample --model {done}/tiny/model --prompts {done}/prompts.jsonl --samples 1 --limit 2 --kl_budget null --beta 0.5"
+    for number, (values, weights, says) in enumerate(
+        (
+            (f"{tmp_path}/diverse", "1", f"'{tmp_path}/diverse/model' has another tokenizer than '{done}/tiny/model': token "),
+            (f"{done}/brief,{tmp_path}/diverse", "0.5,0.5", f"'{tmp_path}/diverse/model' has another tokenizer than"),
+            (f"{done}/brief", "diverse=1", "unknown objective 'diverse' in the weights; known: brief"),
+            (f"{done}/brief,{done}/diverse", "0.2,,0.8", "3 weights (0.2, 0.0, 0.8) for 2 objectives (brief, diverse)"),
+            (f"{done}/brief,{done}/diverse --kl_budget 1 --beta 1", ",1", "set kl_budget to null and give beta"),
+        )
+    ):
+        assert says in refused(f"{base} --out {tmp_path}/{number} --values {values} --weights {weights}", capsys)
+    distil = f"distil --trees {done}/trees0 --values [{done}/brief,{tmp_path}/diverse] --out {tmp_path}/distilled"
+    assert f"'{tmp_path}/diverse/model' has another tokenizer than" in refused(distil, capsys)
+
+
+def test_beams_by_the_values_of_a_value_model(done, tmp_path, capsys):
+    base = f"sample --model {done}/tiny/model --prompts {done}/prompts.jsonl --samples 1 --limit 3 --sampling.max_new_tokens 5"
+    beams = f"{base} --values {done}/values0 --weights 0.5,0.5 --choice.how beam --choice.beams.score value"
+    assert main(f"{beams} --out {tmp_path}/beams".split()) == 0
+    assert len(read_rollouts(tmp_path / "beams" / "rollouts")) == 3
+    assert "of value models never skipped" in refused(f"{beams} --skip_above 0.9 --out {tmp_path}/skip", capsys)
 
 
 def test_labels_that_are_not_of_these_trees_are_refused(done, tmp_path, capsys):

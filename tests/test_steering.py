@@ -76,8 +76,8 @@ def test_each_way_goes_through_and_continues(parts, tiny_folder, tmp_path, capsy
     parents = read_json(tmp_path / "run" / "manifest.json")["parents"]
     assert len(parents) == {"messages": 1, "parm": 2, "conditional": 2}.get(way, 3)
     capsys.readouterr()
-    assert main([*words, "--beta", "0.7"]) == 2
-    assert "another config.beta" in capsys.readouterr().err
+    assert main([*words, "--sampling.temperature", "0.7"]) == 2
+    assert "another config.sampling.temperature" in capsys.readouterr().err
 
 
 def test_what_is_sampled_is_what_the_library_draws(parts, tiny_folder, tmp_path):
@@ -140,6 +140,13 @@ def refused(words: list[str], capsys) -> str:
         (["--guides", "[{p}/x/model.safetensors]", "--weights", "x=1"], "x/model.safetensors is damaged or holds no weighted adapters"),
         (["--guides", "[x={p}/absent]", "--weights", "x=1"], "no model folder at {p}/absent"),
         (["--guides", "[x={p}/x]", "--weights", "x=1", "--beta", "0"], "beta must be positive"),
+        (["--guides", "[x={p}/x]", "--weights", "x=1", "--divergence", "jsd"], "divergence=jsd is read beside mixing alone"),
+        (["--mixing", "[x={p}/x]", "--weights", "x=1", "--beta", "0.5"], "beta=0.5 is read beside values or guides or scorers or messages"),
+        (["--skip_above", "0.5"], "skip_above=0.5 is read beside values alone: leave it away"),
+        (["--mixing", "[x={p}/x,y={p}/y]", "--weights", "-0.5,1.5"], "the weight of 'x' is -0.5; weights are at least 0 and sum to 1"),
+        (["--mixing", "[x={p}/x,y={p}/y]", "--weights", "0.2,,0.8"], "3 weights (0.2, 0.0, 0.8) for 2 objectives (x, y)"),
+        (["--samples", "0"], "samples must be at least 1, got 0"),
+        (["--limit", "-1"], "limit must be 0, for all, or more, got -1"),
         (["--soup", "[x={p}/ax]"], "needs both weights and one of"),
         (["--soup", "[x={p}/ax,y={p}/y]", "--weights", "x=1"], "{p}/y is no adapter folder"),
         (["--soup", "[x={p}/ax]", "--policy", "{p}/x", "--weights", "x=1"], "one way at a time, got soup and policy"),

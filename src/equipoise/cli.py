@@ -194,11 +194,14 @@ def _parse(name: str, words: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _flags(words: Sequence[str], config_class: Any) -> list[str]:
-    """The words with "true" after each switch that stands without a value, as in `--json`."""
+    """The words with "true" after each switch that stands without a value, as in `--json`; "-0.5,1.5" is a value, not a flag."""
     switches = {f"--{field.name}" for field in fields(config_class) if field.type in (bool, "bool")}
     spelt: list[str] = []
     for word, after in zip(words, [*words, "--"][1:], strict=True):
-        spelt += [word, "true"] if word in switches and after.startswith("-") else [word]
+        if re.match(r"-\.?\d", word) and spelt and spelt[-1].startswith("--") and "=" not in spelt[-1]:
+            spelt[-1] += f"={word}"
+        else:
+            spelt += [word, "true"] if word in switches and after.startswith("-") else [word]
     return spelt
 
 

@@ -12,9 +12,11 @@ import torch
 from decoding.rows import PROMPTS, Plain, leaves, sibling
 from decoding.test_scorer_guided import scorers  # noqa: F401 a fixture
 from decoding.test_value_guided import guide_of, heads  # noqa: F401 a fixture
+from decoding.test_value_models import value_model
 from equipoise.decoding.beam import Beams, BeamSampler
 from equipoise.decoding.logit_mixing import mixing_guide
 from equipoise.decoding.scorer_guided import ScorerGuide
+from equipoise.decoding.value_guided import ValueModelGuide
 from equipoise.models.chat import prompt_ids
 from equipoise.models.generation import Sampling, generate
 from equipoise.models.loading import LanguageModel
@@ -123,10 +125,12 @@ def test_one_beam_is_greedy(tiny_lm, models, heads):  # noqa: F811
         assert [(r.base_forwards, r.guide_forwards) for r in got] == [(r.base_forwards, r.guide_forwards) for r in want]
 
 
-def test_ranking_by_the_values_of_prefixes(tiny_lm, scorers):  # noqa: F811
+@pytest.mark.parametrize("by", ["scorers", "value models"])
+def test_ranking_by_the_values_of_prefixes(tiny_lm, scorers, by):  # noqa: F811
     """With the whole tree: argmax of log pi_ref(y) + (1/beta) sum_k w_k v_k(y), v read once at the end of each response."""
     plain, beta = Plain(), 0.4
-    guide = ScorerGuide(tiny_lm, scorers, beta)
+    values = [value_model(tiny_lm, 61, ("x",)), value_model(tiny_lm, 62, ("y",))]
+    guide = ScorerGuide(tiny_lm, scorers, beta) if by == "scorers" else ValueModelGuide(tiny_lm, values, beta=beta)
     found = BeamSampler(lm=tiny_lm, sampling=CONFIG, beams=Beams(beams=81, score="value"), guide=guide)(requests_for())
     differs = 0
     for request, got in zip(requests_for(), found, strict=True):
@@ -135,10 +139,14 @@ def test_ranking_by_the_values_of_prefixes(tiny_lm, scorers):  # noqa: F811
         tree = leaves(plain, tiny_lm, which, None, CONFIG, lambda head, prefixes, allowed: plain.along(tiny_lm, head, prefixes)[1])
 
         def worth(leaf, head=head, weights=request.weights):
+            ids = torch.tensor([[*head, *leaf.tokens]])
             with torch.no_grad():
-                ids = torch.tensor([[*head, *leaf.tokens]])
-                values = [float(s.model.score(s.model.model(input_ids=ids).last_hidden_state[0, -1])) for s in scorers.values()]
-            return leaf.logprob + np.dot(weights, values) / beta
+                if by == "scorers":
+                    read = [float(s.model.score(s.model.model(input_ids=ids).last_hidden_state[0, -1])) for s in scorers.values()]
+                else:
+                    states = [v.lm.model(input_ids=ids).last_hidden_state[0, -1].numpy() for v in values]
+                    read = [float(h @ v.heads.tensors["prefix_KPI"][0, 0]) for h, v in zip(states, values, strict=True)]
+            return leaf.logprob + np.dot(weights, read) / beta
 
         best = max(tree, key=worth)
         assert got.tokens == best.tokens
@@ -205,5 +213,8 @@ def test_impossible_beams_are_named(settings, says):
 def test_what_cannot_be_searched_is_named(tiny_lm, models):
     with pytest.raises(UserError, match="greedy leaves a law of one token"):
         BeamSampler(lm=tiny_lm, sampling=replace(CONFIG, greedy=True), beams=Beams())
-    with pytest.raises(UserError, match="ranking beams by value needs a guide by values of prefixes"):
+    with pytest.raises(UserError, match="ranking beams by value needs values of prefixes"):
         BeamSampler(lm=tiny_lm, sampling=CONFIG, beams=Beams(score="value"), guide=mixing_guide(tiny_lm, models))
+    skipping = ValueModelGuide(tiny_lm, [value_model(tiny_lm, 61, ("x",))], beta=1.0, skip_above=0.9)
+    with pytest.raises(UserError, match="value models never skipped"):
+        BeamSampler(lm=tiny_lm, sampling=CONFIG, beams=Beams(score="value"), guide=skipping)

@@ -145,19 +145,32 @@ def test_alpha_joins_the_reverse_and_the_forward_kl(scope):
     torch.testing.assert_close(near[1.0], log_ratio(Divergence.parse("forward_kl"), gap, w_RM, z))
 
 
+@pytest.mark.parametrize("times", [1, 4])
 @pytest.mark.parametrize("name", NAMES)
-def test_whole_prefixes_hundreds_of_nats_apart(name):
-    """One model of the weights lags behind by 700 nats: no overflow, and the known limits."""
-    gap = torch.tensor([[[300.0, -300.0], [-400.0, 400.0]]], dtype=torch.float64)
+def test_whole_prefixes_hundreds_of_nats_apart(name, times):
+    """One model of the weights lags behind by 700 or 2,800 nats, beyond what exp can hold: no overflow, and the known limits."""
+    gap = times * torch.tensor([[[300.0, -300.0], [-400.0, 400.0]]], dtype=torch.float64)
     for weights in ((0.5, 0.5), (1.0, 0.0)):
         w_RM = torch.tensor([weights], dtype=torch.float64)
         got = log_ratio(Divergence.parse(name), gap, w_RM)[0].numpy()
         if weights == (1.0, 0.0):
-            limit = [300, -300]
+            limit = [times * 300, times * -300]
         else:  # the harmonic kinds follow the model that lags: -(1/a) log(0.5 exp(a lag)); the JSD its log(r) up to there
             lag = {"forward_kl": np.log(2), "alpha:0.3": np.log(2) / 0.3}
-            limit = {"reverse_kl": [-50, 50], "jsd": [-200, -150]}.get(name, [-400 + lag.get(name, 0), -300 + lag.get(name, 0)])
+            least = {"reverse_kl": [-50, 50], "jsd": [-200, -150]}.get(name, [-400, -300])
+            limit = [times * x + lag.get(name, 0) for x in least]
         np.testing.assert_allclose(got, limit, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_that_agree_on_one_outcome_alone(name):
+    """Before Z it has half of the mass, after it nearly all: Z is as far off as it can be."""
+    log_MC = np.log([[0.5, 0.5 - 1e-6, 1e-6], [0.5, 1e-6, 0.5 - 1e-6]])
+    logref_C, weights_M = np.log([0.98, 0.01, 0.01]), np.array([0.5, 0.5])
+    got = closed_form(Divergence.parse(name), *tensors(log_MC, logref_C, weights_M))[0].numpy()
+    assert np.exp(got).sum() == pytest.approx(1, abs=1e-12)
+    assert np.exp(got)[0] > 0.99
+    np.testing.assert_allclose(got, solve(name, log_MC, logref_C, weights_M), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

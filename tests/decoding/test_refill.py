@@ -128,6 +128,30 @@ def test_places_do_not_stay_empty(tiny_lm, monkeypatch):
     assert together < 0.8 * len(widths)
 
 
+def test_prompts_are_run_in_the_order_of_their_lengths(tiny_lm, monkeypatch):
+    """Eleven prompts in any order, three at a time: the padded tokens of their prefills are those of neighbours in length."""
+    run: list[tuple[int, int]] = []
+
+    class Watched:
+        def __init__(self, backbone):
+            self.backbone = backbone
+
+        def __call__(self, input_ids, **settings):
+            if not settings["past_key_values"].get_seq_length():
+                run.append(tuple(input_ids.shape))
+            return self.backbone(input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(LanguageModel, "backbone", property(lambda self: Watched(self.model.model)))
+    words = [7, 1, 11, 4, 9, 2, 10, 3, 8, 5, 6]
+    requests = [Request(id=str(n), prompt=prompt(f"p{n}", " ".join("abcd"[n % 4] * n)), seed=n) for n in words]
+    lengths = sorted(len(prompt_ids(tiny_lm.tokenizer, r.prompt)) for r in requests)
+    assert len(set(lengths)) == 11
+    found = generate(tiny_lm, requests, replace(CONFIG, batch_size=3))
+    assert [r.id for r in found] == [str(n) for n in words]  # returned as they were asked
+    # The waiting ones are prefilled by threes too, whenever a place is free.
+    assert run == [(3, lengths[2]), (3, lengths[5]), (3, lengths[8]), (2, lengths[10])]
+
+
 def test_models_with_a_limited_view_wait_for_the_whole_batch(tiny_lm):
     sliding = LanguageModel(
         build_llama(8, layers=2, max_position=64, seed=5, config_class=MistralConfig, sliding_window=4),

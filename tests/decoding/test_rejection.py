@@ -171,6 +171,47 @@ def test_the_law_by_enumeration(tiny_lm, name):
         assert cost < price.mean() <= 2 * best_of_n_kl(4) + 1e-9
 
 
+def test_the_threshold_by_hand():
+    """tau_0 = (0.2 + 0.8) / 2 = 0.5 rises to 0.8 at the cap of ten tokens: 0.62 at four; (0.42 - 0.62) / 0.4 = -0.5."""
+    rising = Segments(threshold=0.8, beta=0.4, initial=0.5)
+    assert rising.log_acceptance(0.42, 4, 10, 0.2) == pytest.approx(-0.5)
+    assert rising.log_acceptance(0.7, 10, 10, 0.2) == pytest.approx(-0.25)
+    assert rising.log_acceptance(0.63, 4, 10, 0.2) == 0.0
+    assert replace(rising, initial=1.0).log_acceptance(0.6, 4, 10, 0.2) == pytest.approx(-0.5)
+    assert rising.log_acceptance(math.nan, 4, 10, 0.2) == -INF
+
+
+def test_the_threshold_is_whole_at_the_requests_own_cap(tiny_lm):
+    """One try of all that a request may say: what stays says log A in its price, with tau in full."""
+    rising = Segments(threshold=0.8, beta=1.0, initial=0.5, entropy=INF, shortest=2, longest=2, tries=1)
+    short = [replace(r, most_tokens=2) for r in asked(40)]
+    stayed = 0
+    for got in SegmentSampler(lm=tiny_lm, sampling=CONFIG, segments=rising, rewards=rewards())(short):
+        assert len(got.tokens) == 2  # none of these ends the turn
+        log_a = min(0.0, worth(tiny_lm, got.tokens) - 0.8)
+        stayed += got.kl < 0
+        assert got.kl == pytest.approx(log_a) or got.kl == 0
+    assert stayed > 2
+
+
+@pytest.mark.parametrize("shortest", [1, 2, 3])
+def test_where_segments_end(tiny_lm, shortest):
+    """Everything stays, so that rewards are asked once for each segment: from `shortest` tokens on by entropy, at four in any case."""
+    segments = Segments(threshold=-50.0, entropy=0.9, shortest=shortest, longest=4, tries=1)
+    config, ends = replace(CONFIG, max_new_tokens=9), Counter[int]()
+    head = prompt_ids(tiny_lm.tokenizer, PROMPTS[2])
+    for got in SegmentSampler(lm=tiny_lm, sampling=config, segments=segments, rewards=rewards())(asked(12)):
+        begin = judged = 0
+        for at in range(1, len(got.tokens) + 1):
+            _, entropy = next_law(tiny_lm, head, got.tokens[:at], 9, config.top_k)
+            if at == len(got.tokens) or at - begin == 4 or (at - begin >= shortest and entropy >= 0.9):
+                ends[at - begin] += 1
+                begin, judged = at, judged + 1
+        assert got.reward_calls == 2 * judged
+    assert ends[4] > 0
+    assert sum(ends[n] for n in range(shortest, 4)) > 3
+
+
 def test_one_segment_under_a_threshold_that_nothing_passes_is_the_closed_form(tiny_lm):
     """pi_ref exp(r / beta) / Z, computed from the reference's law and the rewards alone."""
     whole = Segments(threshold=1.0, beta=0.5, entropy=INF, shortest=4, longest=4, tries=10**6)

@@ -159,7 +159,7 @@ def test_a_beta_for_a_budget(tiny_lm, joint, apart):
     tilted = log_softmax(table.logprobs_SC + table.q_SCK @ [0.3, 0.7] / beta, axis=1)
     spent = (np.exp(tilted) * (tilted - table.logprobs_SC)).sum(axis=1).mean() * table.steps
     assert spent == pytest.approx(0.4, abs=1e-6)
-    with pytest.raises(UserError, match="2 value models share no calibration: give beta"):
+    with pytest.raises(UserError, match="2 value models share no calibration: set kl_budget to null and give beta"):
         ValueModelGuide(tiny_lm, apart, kl_budget=0.4)
     with pytest.raises(UserError, match="no calibration"):
         ValueModelGuide(tiny_lm, apart[:1], kl_budget=0.4)

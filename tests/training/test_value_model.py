@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import FOLDER_WORDS, build_llama, build_tokenizer, prompt
-from equipoise.decoding.value_guided import PolicySampler
+from equipoise.decoding.value_guided import PolicySampler, ValueModelGuide
 from equipoise.forests.backups import make_targets
 from equipoise.forests.growing import Growth, Root, grow
 from equipoise.forests.packing import choose_nodes, pack
@@ -25,7 +26,7 @@ from equipoise.training.fit import FitConfig
 from equipoise.training.value_model import Config, Row, collate, distil_lesson, label_lesson, make_loss, ridge_start, train
 from equipoise.training.value_net import ValueNet
 from equipoise.training.value_quality import r2_table
-from equipoise.types import UserError
+from equipoise.types import Request, UserError
 
 CAP = 10
 SAMPLING = Sampling(max_new_tokens=CAP, top_k=12, batch_size=64)
@@ -237,6 +238,32 @@ def test_training_learns_and_what_is_saved_is_what_was_trained(policy, forest, t
     np.testing.assert_allclose(np.exp(table.logprobs_SC).sum(axis=1), 1, atol=1e-6)
     assert table.q_SCK.shape[1:] == (12, 2)
     assert table.steps == pytest.approx(forest.end_N[forest.leaf_N].mean())
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_another_architecture_under_the_policys_tokens(policy, forest, targets, tmp_path, rank):
+    """A GPT-2 values a Llama's prefixes: what it says of packed nodes is what a plain forward of each path says, and it steers."""
+    kind = GPT2Config(
+        vocab_size=len(FOLDER_WORDS), n_positions=128, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=2, pad_token_id=0
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        GPT2LMHeadModel(kind).save_pretrained(tmp_path / "gpt2")
+    build_tokenizer(FOLDER_WORDS).save_pretrained(tmp_path / "gpt2")
+    config = replace(QUICK, lora=replace(QUICK.lora, rank=rank))
+    lesson = lesson_of(policy, forest, targets, config)
+    saved = load_value_model(train(lesson, policy, SAMPLING, str(tmp_path / "gpt2"), None, config, manifest(tmp_path / "run")))
+    pack = lesson.train[0].pack
+    (said,) = saved.predict([pack.tree])
+    asked = asked_of(policy, forest)[pack.index]
+    for node, value_K in list(zip(pack.nodes, said, strict=True))[::3]:
+        with torch.no_grad():
+            state = saved.lm.model(input_ids=torch.tensor([[*asked, *path_to(forest, node)]])).last_hidden_state[0, -1].double().numpy()
+        by_hand = saved.heads.tensors["prefix_KPI"][:, 0].astype(float) @ state + saved.heads.tensors["bias_K"]
+        np.testing.assert_allclose(value_K, by_hand, atol=1e-4)
+    request = Request(id="r", prompt=PROMPTS[0], seed=0, weights=(0.5, 0.5))
+    [steered] = PolicySampler(policy, SAMPLING, ValueModelGuide(policy, [saved], beta=0.05))([request])
+    assert steered.kl > 0.05
 
 
 def test_calibration_is_read_off_plain_forwards(policy, forest, targets, tiny_folder, tmp_path):

@@ -11,8 +11,9 @@ mean per token. The search ends when the pool's best can't be beaten: scores of 
 exceeds score / cap^length_power, the cap being the request's own. With beams for the whole tree and length_power = 0 the argmax
 is exact; one beam is greedy. Given tokens are continued; they count neither in the score nor in n.
 
-`value` needs a guide whose shifts are values of prefixes, comparable between rows (`ScorerGuide`, the form 'prefix'); the sum of
-logprob would count every step's normaliser log Z(s_t) against a prefix. It runs to the cap or until nothing goes on.
+`value` needs a guide whose shifts are values of prefixes, comparable between rows and lengths: `ScorerGuide`, and
+`ValueModelGuide` where no step is skipped; value heads know differences at one step alone. The sum of logprob would count every
+step's normaliser log Z(s_t) against a prefix. It runs to the cap or until nothing goes on.
 
 The response is one point, whose KL from the reference is -log pi_ref(y): that is its `kl` and `kl_floor`, as for greedy
 decoding; `logprobs` are the steered law's, so that MAVIS's estimate is sum(logprobs) - sum(ref_logprobs).
@@ -129,7 +130,9 @@ class BeamSampler:
         if self.sampling.greedy:
             raise UserError("greedy leaves a law of one token, in which there is nothing to search: set it to false, beams=1 is greedy")
         if self.beams.score == "value" and not getattr(self.guide, "of_prefixes", False):
-            raise UserError("ranking beams by value needs a guide by values of prefixes, such as scorers: use score=logprob")
+            raise UserError(
+                "ranking beams by value needs values of prefixes, as of scorers and of value models never skipped: use score=logprob"
+            )
 
     @property
     def objectives(self) -> tuple[str, ...]:

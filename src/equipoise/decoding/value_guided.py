@@ -44,7 +44,7 @@ class _Tilt:
         if kl_budget is not None and not kl_budget > 0:
             raise UserError(f"kl_budget must be positive, got {kl_budget:g}")
         if kl_budget is not None and calibration is None:
-            raise UserError(f"these values have no calibration for the form {form!r}; give beta instead of kl_budget")
+            raise UserError(f"these values have no calibration for the form {form!r}: set kl_budget to null and give beta")
         self._calibration, self._beta, self._budget = calibration, beta, kl_budget
         self._solved: dict[tuple[float, ...], float] = {}
 
@@ -195,11 +195,18 @@ class ValueModelGuide:
             if not attends_fully(model.lm.model.config):
                 raise UserError(f"not all layers of {model.lm.name!r} attend to the full past, as candidates in one forward need")
         if kl_budget is not None and len(models) > 1:
-            raise UserError(f"{len(models)} value models share no calibration: give beta instead of kl_budget, or distil them into one")
+            raise UserError(
+                f"{len(models)} value models share no calibration: set kl_budget to null and give beta, or distil them into one"
+            )
         self.tilt = _Tilt(models[0].heads.calibration.get("prefix"), "prefix", beta, kl_budget)
         self._models = [(model, _PrefixValues(model.heads, model.lm)) for model in models]
         self._columns = [self.objectives.index(name) for name in known]
         self._known = known_tokens(lm.tokenizer)
+
+    @property
+    def of_prefixes(self) -> bool:
+        """Whether shifts are values of prefixes, comparable between rows: not where some are left out."""
+        return self.skip_above == 1.0
 
     def valued(self, weights_K: Sequence[float]) -> tuple[float, ...]:
         """The weights of the objectives that have a value model, in the order of the models."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from equipoise.models.loading import LanguageModel
 
 HOW = ("best_of", "resampling", "rejection", "blocks", "beam")
+_READ_BY = {
+    "n": ("best_of", "resampling", "blocks"),
+    "beta": ("resampling",),
+    "block": ("blocks",),
+    "segments": ("rejection",),
+    "beams": ("beam",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,13 @@ class Choice:
             )
         if self.scale and not self.rewards:
             raise UserError(f"the scale {self.scale} is of rewards, and none are named")
+        for name in ("n", "block"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        for name, readers in _READ_BY.items():
+            if self.how not in readers and getattr(self, name) != defaults[name]:
+                raise UserError(f"choice.{name} is read where how is {' or '.join(readers)}, not where it is {self.how!r}")
 
 
 def choice_of(sampled: Mapping[str, Any]) -> Choice | None:
@@ -57,7 +72,9 @@ def choice_of(sampled: Mapping[str, Any]) -> Choice | None:
     found = sampled.get("choice") or {}
     if not found.get("how"):
         return None
-    nested = {"segments": Segments(**found["segments"]), "beams": Beams(**found["beams"]), "rewards": tuple(found["rewards"])}
+    # A manifest has null for infinity.
+    segments: dict[str, Any] = {name: math.inf if value is None else value for name, value in found["segments"].items()}
+    nested = {"segments": Segments(**segments), "beams": Beams(**found["beams"]), "rewards": tuple(found["rewards"])}
     return Choice(**{**found, **nested})
 
 
@@ -87,6 +104,8 @@ def choosing_sampler(lm: LanguageModel, choice: Choice, sampling: Sampling, guid
     if choice.how in ("rejection", "blocks"):
         segments = choice.segments if choice.how == "rejection" else Segments.blocks(choice.block, choice.n)
         return SegmentSampler(lm=lm, sampling=sampling, segments=segments, rewards=rewards, guide=guide)
+    if sampling.greedy and choice.n > 1:
+        raise UserError(f"greedy candidates are all the same: set greedy to false, or n to 1, not {choice.n}")
     beta = choice.beta if choice.how == "resampling" else None
     return ChoosingSampler(inner=PolicySampler(lm, sampling, guide), rewards=rewards, n=choice.n, beta=beta)
 

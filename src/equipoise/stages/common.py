@@ -28,11 +28,22 @@ def model_of(name: str, trust_remote_code: bool = False) -> LanguageModel:
     return _LOADED[name]
 
 
+def check_counts(**counts: int) -> None:
+    """Check that there is at least one of each. Raises `UserError` that names what there is too little of."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name} must be at least 1, got {count}")
+
+
 def prompts_of(source: str, split_name: str, limit: int) -> list[Prompt]:
     """Prompts of a split, at most `limit` (0: all), evenly spaced over the file."""
     from equipoise.data.prompts import load_prompts, split
 
+    if limit < 0:
+        raise UserError(f"limit must be 0, for all, or more, got {limit}")
     chosen = load_prompts(source)
+    if not chosen:
+        raise UserError(f"{source} has no prompts")
     if split_name:
         chosen = split(chosen, split_name)
     if not chosen:

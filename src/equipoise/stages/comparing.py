@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from equipoise.models.generation import Sampling
 from equipoise.progress import bar
 from equipoise.runs import EXECUTION, stage, write_json, write_text
 from equipoise.stages import common
 from equipoise.stages.choosing import Choice
-from equipoise.stages.steering import Steer, Steering, sampler_of, steering_of
+from equipoise.stages.steering import Steer, Steering, renamed, sampler_of, steering_of
 from equipoise.types import UserError
-
-if TYPE_CHECKING:
-    from equipoise.models.generation import Guide
-    from equipoise.models.loading import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +80,7 @@ class Compare:
     def __post_init__(self) -> None:
         if not self.methods:
             raise UserError("there is nothing to compare: name at least one method, as in recipes/compare.yaml")
+        common.check_counts(samples=self.samples, reference_samples=self.reference_samples)
         most = max((*self.best_of, 1))
         if most > self.reference_samples:
             raise UserError(f"best-of-{most} needs reference_samples of at least {most}, not {self.reference_samples}")
@@ -147,14 +144,8 @@ def _placed(name: str, steering: Steering | None, objectives: tuple[str, ...]) -
     if steering and steering.way.fixed and set(known) <= set(objectives):
         own = dict(zip(known, steering.weights, strict=True))
         weights = tuple(own.get(k, 0.0) for k in objectives)
-
-        def guide(lm: LanguageModel) -> Guide:
-            made = steering.way.guide(lm)
-            assert made is not None, "a tuned policy is a guide"
-            made.objectives = objectives  # the policy is the same whatever the weights beside it say
-            return made
-
-        return Steering(way=replace(steering.way, objectives=objectives, guide=guide, fixed=weights), weights=weights)
+        way = replace(steering.way, objectives=objectives, guide=renamed(steering.way, objectives), fixed=weights)
+        return Steering(way=way, weights=weights)
     if steering is None or known != objectives:
         raise UserError(
             f"method {name!r} is steered by {', '.join(known) or 'nothing'}; the rewards are {', '.join(objectives)}, in this order"

@@ -20,7 +20,7 @@ class Sweep:
     out: Path
     """Run folder to write."""
     values: Path
-    """A `train value` folder."""
+    """A `train value` folder; `compare` takes value models, as any other method."""
     prompts: str = "equipoise"
     """"equipoise", KIND:FILE of pairs such as hh:FILE, or a JSON-lines FILE."""
     split: str = "test"
@@ -44,6 +44,9 @@ class Sweep:
     seed: int = 1
     """Fixes every response."""
 
+    def __post_init__(self) -> None:
+        common.check_counts(samples=self.samples, reference_samples=self.reference_samples)
+
 
 def sweep(config: Sweep) -> Path:
     """Run the sweep and return its folder."""
@@ -53,10 +56,13 @@ def sweep(config: Sweep) -> Path:
     from equipoise.evaluation.sweep import sweep_point
     from equipoise.models.steps import branches
     from equipoise.models.value_heads import ValueHeads
+    from equipoise.models.value_models import is_value_model
     from equipoise.objectives import simplex_grid
     from equipoise.rewards import artefacts, load_rewards, parse_name
     from equipoise.rollouts import SHARD_BATCHES
 
+    if is_value_model(config.values / "model"):
+        raise UserError(f"{config.values} is a value model, which `compare` takes as a method; a sweep steers by heads of `train value`")
     heads = ValueHeads.load(config.values / "values.safetensors")
     objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
     if objectives != heads.objectives:

@@ -40,9 +40,12 @@ class Sample(Steer):
     choice: Choice = field(default_factory=Choice)
     """How a response is chosen among proposals."""
     weights: str = ""
-    """Point of the simplex, as helpful=0.7,harmless=0.3."""
+    """Point of the simplex, as helpful=0.7,harmless=0.3, or 0.7,,0.3 in the objectives' order: an empty place weighs nothing."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        common.check_counts(samples=self.samples)
 
 
 def sample(config: Sample) -> Path:

@@ -6,7 +6,7 @@ The settings are those that a manifest keeps, so that a later stage draws as an 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,10 @@ def way_of(sampled: Settings) -> Way | None:
     asked = [name for name in _WAYS if sampled.get(name)]
     if len(asked) > 1:
         raise UserError(f"steering goes one way at a time, got {' and '.join(asked)}")
+    for f in fields(Steer):
+        readers = _READ_BY.get(f.name, ())
+        if readers and not set(asked) & set(readers) and sampled.get(f.name, f.default) != f.default:
+            raise UserError(f"{f.name}={sampled[f.name]} is read beside {' or '.join(readers)} alone: leave it away")
     return _chosen(sampled, _WAYS[asked[0]](sampled) if asked else None)
 
 
@@ -123,10 +127,25 @@ def _chosen(sampled: Settings, way: Way | None) -> Way | None:
     choice = choice_of(sampled)
     if choice is None or (way is None and not choice.rewards):
         return way
-    objectives, parents = choosing_objectives(choice, way.objectives if way else None), choosing_parents(choice)
+    weightless = way is not None and way.fixed == ()
+    objectives, parents = choosing_objectives(choice, way.objectives if way and not weightless else None), choosing_parents(choice)
     if way is None:
         return Way(objectives=objectives, parents=parents, guide=lambda lm: None)
+    if weightless and objectives:  # the weights are the choice's: to the policy they are all the same
+        return replace(way, objectives=objectives, parents={**way.parents, **parents}, guide=renamed(way, objectives), fixed=None)
     return replace(way, objectives=objectives, parents={**way.parents, **parents})
+
+
+def renamed(way: Way, objectives: tuple[str, ...]) -> Callable[[LanguageModel], Guide]:
+    """The guide of a policy that is the same whatever the weights say, under these objectives."""
+
+    def guide(lm: LanguageModel) -> Guide:
+        made = way.guide(lm)
+        assert made is not None, "a tuned policy is a guide"
+        made.objectives = objectives
+        return made
+
+    return guide
 
 
 def sampler_of(lm: LanguageModel, sampled: Settings, steering: Steering | None) -> Sampler:
@@ -153,6 +172,8 @@ def _by_values(sampled: Settings) -> Way:
 
     folders = [Path(folder.strip()).expanduser() for folder in sampled["values"].split(",")]
     budget = sampled["kl_budget"]
+    if budget is not None and sampled.get("beta", 1.0) != 1.0:
+        raise UserError(f"beta={sampled['beta']:g} divides values where there is no budget, and kl_budget is {budget:g}: set it to null")
     strength = {"beta": sampled["beta"]} if budget is None else {"kl_budget": budget}
     if len(folders) > 1 or is_value_model(folders[0] / "model"):
         objectives = value_scale(folders).objectives
@@ -164,6 +185,8 @@ def _by_values(sampled: Settings) -> Way:
         parents = {f"values {i}" if i else "values": folder / "manifest.json" for i, folder in enumerate(folders)}
         return Way(objectives=objectives, parents=parents, guide=by_models)
     heads = ValueHeads.load(folders[0] / "values.safetensors")
+    if sampled.get("skip_above", 1.0) != 1.0:
+        raise UserError(f"skip_above={sampled['skip_above']:g} is for value models; {folders[0]} holds heads on the policy's own states")
 
     def guide(lm: LanguageModel) -> Guide:
         return make_guide(lm, heads, sampled["form"], branches(lm, Sampling(**sampled["sampling"])), **strength)
@@ -318,6 +341,15 @@ def parents_of(models: Mapping[str, str]) -> dict[str, Path]:
             found[f"model of {name}"] = files[0]
     return found
 
+
+_READ_BY = {
+    "form": ("values",),
+    "skip_above": ("values",),
+    "divergence": ("mixing",),
+    "scope": ("mixing",),
+    "beta": ("values", "guides", "scorers", "messages"),
+}
+"""Settings that some ways alone read."""
 
 _WAYS = {
     "values": _by_values,

@@ -291,7 +291,7 @@ class Distil:
 
 def distil(config: Distil) -> Path:
     """Train and return the run folder."""
-    from equipoise.models.loading import load_tokenizer
+    from equipoise.models.companions import same_tokens
     from equipoise.models.value_models import load_value_model
 
     grown, forest, prompts = grown_in(config.trees)
@@ -300,9 +300,11 @@ def distil(config: Distil) -> Path:
     with stage(config.out, "distil", common.settings_of(config), parents) as run:
         if run.done:
             return config.out
-        teachers = [load_value_model(folder / "model") for folder in config.values]
-        lesson = value_model.distil_lesson(load_tokenizer(grown["model"]), prompts, forest, teachers, config.value)
         policy = common.model_of(grown["model"], grown["trust_remote_code"])
+        teachers = [load_value_model(folder / "model") for folder in config.values]
+        for teacher in teachers:
+            same_tokens(policy, teacher.lm)
+        lesson = value_model.distil_lesson(policy.tokenizer, prompts, forest, teachers, config.value)
         sampling, base = Sampling(**grown["sampling"]), config.base or grown["model"]
         value_model.train(lesson, policy, sampling, base, None, config.value, run)
         run.facts |= lesson.facts
