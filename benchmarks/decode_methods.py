@@ -75,6 +75,7 @@ class Methods:
             "single_pass": lambda: SinglePassGuide(self.lm, random_heads(self.lm, k), beta=BETA),
             "value_model": lambda: ValueModelGuide(self.lm, [self._parts("value_model", k)], beta=BETA),
             "value_models": lambda: ValueModelGuide(self.lm, self._value_models(k), beta=BETA),
+            "value_model_bf16": lambda: ValueModelGuide(self.lm, [self._parts("value_model_bf16", k)], beta=BETA),
             "mod": lambda: mixing_guide(self.lm, self._parts("adapters", k)),
             "genarm": lambda: reward_guide(self.lm, {name: self._parts("causal", i) for i, name in enumerate(names)}, BETA),
             "parm": lambda: reward_guide(self.lm, self._parts("weighted", k), BETA),
@@ -93,7 +94,8 @@ class Methods:
             "best_of_4": lambda: self._sampled(batch, lambda tokens: self._best_of(4, batch, tokens), k),
             "segments": lambda: self._sampled(batch, lambda tokens: self._segments(batch, tokens), k),
             "beams_4": lambda: self._sampled(batch, lambda tokens: self._beams(4, batch, tokens)),
-            "reference": lambda: self._rowwise(batch),
+            "reference": lambda: self._rowwise(batch, self._value_models(2)),
+            "reference_bf16": lambda: self._rowwise(batch, [self._parts("one_value_bf16", i) for i in range(2)]),
         }
         guided = {name: functools.partial(self._guided, batch, k, make) for name, make in (steered | once).items()}
         return {"plain": alone.pop("plain"), **guided, **alone}
@@ -110,6 +112,10 @@ class Methods:
         assert list(ours) == theirs, f"the stand-in for the reference decodes another law: {theirs}, not {list(ours)}"
 
     def _part(self, kind: str, which: int) -> LanguageModel | ValueModel:
+        if kind.endswith("_bf16"):
+            half = self._part(kind.removesuffix("_bf16"), which)
+            half.lm.model.to(torch.bfloat16)
+            return half
         if kind == "value_model":
             return value_model(self.lm, objective_names(which), seed=which)
         if kind == "one_value":
@@ -191,12 +197,12 @@ class Methods:
 
         return run
 
-    def _rowwise(self, batch: int) -> Way:
+    def _rowwise(self, batch: int, models: list[ValueModel]) -> Way:
         encoded = [prompt_ids(self.lm.tokenizer, p) for p in self.prompts[:batch]]
 
         def run(tokens: int) -> Cost:
             settings = {"tokens": tokens, "top_k": self.top_k, "beta": BETA}
-            found = [decode_rowwise(self.lm, self._value_models(2), e, (0.5, 0.5), **settings) for e in encoded]
+            found = [decode_rowwise(self.lm, models, e, (0.5, 0.5), **settings) for e in encoded]
             return Cost(batch, sum(base for _, base, _ in found), sum(guide for _, _, guide in found))
 
         return run
