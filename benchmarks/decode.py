@@ -11,11 +11,11 @@ mod, soup      LoRA adapters of rank 16, mixed by logits or   genarm, parm  rewa
                weights, routed by row beside the policy       args_vas      scorers of that size, one for each objective
 prompts        a system message for each objective            best_of_4, segments, beams_4    rewards that cost nothing
 
-Two objectives, and `_k3` with three. Every way makes the same number of tokens per row (the end of turn is switched off), from
+Two objectives, and `_k3` with three; `_bf16`: value models in bfloat16. Every way makes the same number of tokens per row (the end of turn is switched off), from
 the same ragged prompts, with the same top k, and everything is randomly filled: what it costs doesn't depend on what it
 knows. Ways take turns within a round; `vs plain` is the median over rounds of plain's seconds by a way's, of the clock and of
 the processor, which a busy machine disturbs least. Prompts are part of what is timed. Forwards are tokens run per response, by the policy
-and by all else. `gain_over_reference` is the value models' tokens/s by those of the stand-in on the same prompts. The last line is JSON.
+and by all else. The last line is JSON.
 
 `--refill` measures instead what it is worth that waiting prompts take the places of finished rows: all requests in one call
 against a call per batch, in seconds of the processor, for responses of very different lengths (the first paragraph) and for
@@ -45,6 +45,7 @@ from equipoise.models.generation import Sampling, generate
 from equipoise.models.loading import LanguageModel, load_model
 from equipoise.rollouts import make_requests
 
+_REFERENCES = ("reference", "reference_bf16")
 QUICK = {1: ("plain", "single_pass", "generate", "prefix", "value_models", "reference"), 8: ("plain", "single_pass", "generate")}
 QUICK_TOKENS = {1: 8, 8: 8, 32: 4}
 
@@ -98,9 +99,13 @@ def report(found: Mapping[str, Mapping[int, Run]], batch: int, tokens: int) -> d
             result |= {f"{name}_vs_plain_b{batch}": wall, f"{name}_cpu_vs_plain_b{batch}": cpu}
             line += f"   vs plain {wall:5.2f} (processor {cpu:5.2f})"
         print(f"{line:<75}   forwards {base:7.1f} + {guide:7.1f}   {len(runs)} rounds", flush=True)
-    for name, to, key in (("plain", "generate", "plain_vs_generate"), ("value_models", "reference", "gain_over_reference")):
+    pairs = [("plain", "generate", "plain_vs_generate")]
+    pairs += [(name, to, f"{name}_gain_over_{to}") for name in found for to in _REFERENCES if name.startswith("value_model")]
+    for name, to, key in pairs:
         if {name, to} <= found.keys():
-            result |= {f"{key}_b{batch}": ratio(name, to, "wall"), f"{key}_cpu_b{batch}": ratio(name, to, "cpu")}
+            wall, cpu = ratio(name, to, "wall"), ratio(name, to, "cpu")
+            result |= {f"{key}_b{batch}": wall, f"{key}_cpu_b{batch}": cpu}
+            print(f"batch {batch:>2}  {name} makes {wall:.2f} times the tokens/s of {to} (processor {cpu:.2f})")
     return result
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from random_models import SEVENTH, filled, objective_names, random_heads, value_model
+from random_models import SEVENTH, Shape, filled, objective_names, random_heads, value_model
 from rowwise import decode_rowwise
 
 from equipoise.decoding.beam import Beams, BeamSampler
@@ -63,9 +63,10 @@ class HashReward:
 class Methods:
     """The ways to decode the same prompts with one policy; responses never end by themselves."""
 
-    def __init__(self, lm: LanguageModel, prompts: Sequence[Prompt], top_k: int) -> None:
+    def __init__(self, lm: LanguageModel, prompts: Sequence[Prompt], top_k: int, small: Shape = SEVENTH) -> None:
+        """`small` is the shape of value, reward and scoring models."""
         lm.model.generation_config.eos_token_id = None
-        self.lm, self.prompts, self.top_k = replace(lm, eos_ids=frozenset()), prompts, top_k
+        self.lm, self.prompts, self.top_k, self.small = replace(lm, eos_ids=frozenset()), prompts, top_k, small
         self._parts = functools.cache(self._part)
 
     def ways(self, batch: int, objectives: int) -> dict[str, Callable[[], Way]]:
@@ -117,14 +118,14 @@ class Methods:
             half.lm.model.to(torch.bfloat16)
             return half
         if kind == "value_model":
-            return value_model(self.lm, objective_names(which), seed=which)
+            return value_model(self.lm, objective_names(which), seed=which, shape=self.small)
         if kind == "one_value":
-            return value_model(self.lm, objective_names(which + 1)[-1:], seed=10 + which)
+            return value_model(self.lm, objective_names(which + 1)[-1:], seed=10 + which, shape=self.small)
         if kind == "adapters":
             return self._adapters(which)
         if kind == "weighted":
-            return add_weighted_lora(filled(self.lm, SEVENTH, "causal", 20), WeightedLora(), objective_names(which))
-        return filled(self.lm, SEVENTH, "causal" if kind == "causal" else "scalar", 30 + which)
+            return add_weighted_lora(filled(self.lm, self.small, "causal", 20), WeightedLora(), objective_names(which))
+        return filled(self.lm, self.small, "causal" if kind == "causal" else "scalar", 30 + which)
 
     def _value_models(self, objectives: int) -> list[ValueModel]:
         return [self._parts("one_value", i) for i in range(objectives)]
@@ -185,8 +186,8 @@ class Methods:
     def _generated(self, batch: int) -> Way:
         encoded = [prompt_ids(self.lm.tokenizer, p) for p in self.prompts[:batch]]
         width, total = max(map(len, encoded)), sum(map(len, encoded))
-        ids = torch.tensor([[0] * (width - len(e)) + e for e in encoded])
-        mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded])
+        ids = torch.tensor([[0] * (width - len(e)) + e for e in encoded], device=self.lm.device)
+        mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=self.lm.device)
         settings = {"do_sample": True, "top_k": self.top_k, "top_p": 1.0, "temperature": 1.0, "pad_token_id": 0}
 
         def run(tokens: int) -> Cost:
