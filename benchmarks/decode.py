@@ -11,11 +11,11 @@ mod, soup      LoRA adapters of rank 16, mixed by logits or   genarm, parm  rewa
                weights, routed by row beside the policy       args_vas      scorers of that size, one for each objective
 prompts        a system message for each objective            best_of_4, segments, beams_4    rewards that cost nothing
 
-Two objectives, and `_k3` with three; `_bf16`: value models in bfloat16. Every way makes the same number of tokens per row (the end of turn is switched off), from
-the same ragged prompts, with the same top k, and everything is randomly filled: what it costs doesn't depend on what it
-knows. Ways take turns within a round; `vs plain` is the median over rounds of plain's seconds by a way's, of the clock and of
-the processor, which a busy machine disturbs least. Prompts are part of what is timed. Forwards are tokens run per response, by the policy
-and by all else. The last line is JSON.
+Two objectives, and `_k3` with three; `_bf16`: value models in bfloat16. Every way makes the same number of tokens per row (the end
+of turn is switched off), from the same ragged prompts, with the same top k, and everything is randomly filled: what it costs
+doesn't depend on what it knows. Ways take turns within a round; `vs plain` is the median over rounds of plain's seconds by a way's,
+of the clock and of the processor, which a busy machine disturbs least. Prompts are part of what is timed. Forwards are tokens
+run per response, by the policy and by all else. The last line is JSON.
 
 `--refill` measures instead what it is worth that waiting prompts take the places of finished rows: all requests in one call
 against a call per batch, in seconds of the processor, for responses of very different lengths (the first paragraph) and for

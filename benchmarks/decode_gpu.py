@@ -164,9 +164,10 @@ def decode(
         times = statistics.median(a / b for a, b in zip(found, steps["plain"], strict=True))
         read = step_bytes(policy, value, GUIDES[name], vocabulary, batch, tokens, size=2)
         best = at_best(read, step_operations(policy, value, GUIDES[name], vocabulary, batch, TOP_K), *limits)
+        held = f"{memory[name]:6.2f} GiB   " if memory else ""
         print(
             f"batch {batch:>2}  {name:<13} {1e3 * step:8.2f} ms a step, {times:5.2f} times plain   {batch / step:8.1f} tokens/s   "
-            f"{f'{memory[name]:6.2f} GiB' if memory else ''}   {read / step / 1e9:7.1f} GB/s   at best {1e3 * best:7.2f} ms ({best / step:4.0%})",
+            f"{held}{read / step / 1e9:7.1f} GB/s   at best {1e3 * best:7.2f} ms ({best / step:4.0%})",
             flush=True,
         )
         figures = {"ms_a_step": 1e3 * step, "times_plain": times, "gb_per_s": read / step / 1e9, "of_best": best / step}
