@@ -66,13 +66,11 @@ def timed(way: Way, tokens: int) -> Run:
 
 
 def measure(ways: Mapping[str, Way], tokens: int, rounds: int, budget: float) -> dict[str, dict[int, Run]]:
-    """Each way's runs by round. A way sits out once it has had its share of the `budget`, in seconds; plain never does."""
+    """Each way's runs by round. A way sits out once it has had its share of the `budget`, in seconds; plain goes on beside the others."""
     found: dict[str, dict[int, Run]] = {name: {} for name in ways}
     for index in range(rounds):
-        due = [n for n, runs in found.items() if sum(r.wall for r in runs.values()) < budget / len(ways)]
-        if not due:
-            break
-        for name in ways:
+        due = {name for name, runs in found.items() if sum(run.wall for run in runs.values()) < budget / len(ways)}
+        for name in ways if due - {"plain"} or len(ways) == 1 else ():
             if name in due or name == "plain":
                 found[name][index] = timed(ways[name], tokens)
                 print(f"round {index + 1}: {name} {found[name][index].wall:.1f} s", file=sys.stderr, flush=True)
@@ -139,17 +137,16 @@ def decode(lm: LanguageModel, args: argparse.Namespace) -> dict[str, Any]:
     methods, result = Methods(lm, load_prompts()[: max(args.batches)], args.top_k), {}
     ready: set[str] = set()
     for batch in args.batches:
-        makers = {name: make for k in args.objectives for name, make in methods.ways(batch, k).items()}
+        makers, of_one = ({name: make for k in args.objectives for name, make in methods.ways(n, k).items()} for n in (batch, 1))
         asked = args.methods or (QUICK.get(batch, QUICK[8]) if args.quick else tuple(makers))
         if lost := [name for name in asked if name not in makers]:
             raise SystemExit(f"unknown method {lost[0]!r}; known: {', '.join(makers)}")
         ways = {name: makers[name]() for name in makers if name in asked}
-        for name in ways.keys() - ready:  # what is built and allocated at the first use isn't timed
-            makers_of_one = {n: m for k in args.objectives for n, m in methods.ways(1, k).items()}
-            makers_of_one[name]()(2)
-        ready |= ways.keys()
-        if "reference" in ways and batch == args.batches[0]:
-            methods.check_reference()
+        for name in [name for name in ways if name not in ready]:  # what is built and allocated at the first use isn't timed
+            of_one[name]()(2)
+            if name == "reference":
+                methods.check_reference()
+            ready.add(name)
         tokens = QUICK_TOKENS.get(batch, 4) if args.quick else (args.tokens if batch < 32 else args.tokens // 2)
         found = measure(ways, tokens, 2 if args.quick else args.rounds, 20.0 if args.quick else args.budget)
         result |= report(found, batch, tokens)
