@@ -46,8 +46,10 @@ from equipoise.models.loading import LanguageModel, load_model
 from equipoise.rollouts import make_requests
 
 _REFERENCES = ("reference", "reference_bf16")
+_AGAINST = ("value_model", "value_models", "value_model_bf16")
+"""What does the same as the stand-ins, which have two objectives."""
 QUICK = {1: ("plain", "single_pass", "generate", "prefix", "value_models", "reference"), 8: ("plain", "single_pass", "generate")}
-QUICK_TOKENS = {1: 8, 8: 8, 32: 4}
+QUICK_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,14 @@ def report(found: Mapping[str, Mapping[int, Run]], batch: int, tokens: int) -> d
         base, guide = cost.base / cost.responses, cost.guide / cost.responses
         result |= {f"{name}_tokens_per_s_b{batch}": round(speed, 1)}
         result |= {f"{name}_base_forwards_b{batch}": round(base, 1), f"{name}_guide_forwards_b{batch}": round(guide, 1)}
-        line = f"batch {batch:>2}  {name:<15} {speed:8.1f} tokens/s"
+        line = f"batch {batch:>2}  {name:<20} {speed:8.1f} tokens/s"
         if name != "plain" and "plain" in found:
             wall, cpu = ratio(name, "plain", "wall"), ratio(name, "plain", "cpu")
             result |= {f"{name}_vs_plain_b{batch}": wall, f"{name}_cpu_vs_plain_b{batch}": cpu}
             line += f"   vs plain {wall:5.2f} (processor {cpu:5.2f})"
-        print(f"{line:<75}   forwards {base:7.1f} + {guide:7.1f}   {len(runs)} rounds", flush=True)
+        print(f"{line:<80}   forwards {base:7.1f} + {guide:7.1f}   {len(runs)} rounds", flush=True)
     pairs = [("plain", "generate", "plain_vs_generate")]
-    pairs += [(name, to, f"{name}_gain_over_{to}") for name in found for to in _REFERENCES if name.startswith("value_model")]
+    pairs += [(name, to, f"{name}_gain_over_{to}") for name in found for to in _REFERENCES if name in _AGAINST]
     for name, to, key in pairs:
         if {name, to} <= found.keys():
             wall, cpu = ratio(name, to, "wall"), ratio(name, to, "cpu")
@@ -147,7 +149,7 @@ def decode(lm: LanguageModel, args: argparse.Namespace) -> dict[str, Any]:
             if name == "reference":
                 methods.check_reference()
             ready.add(name)
-        tokens = QUICK_TOKENS.get(batch, 4) if args.quick else (args.tokens if batch < 32 else args.tokens // 2)
+        tokens = QUICK_TOKENS if args.quick else (args.tokens if batch < 32 else args.tokens // 2)
         found = measure(ways, tokens, 2 if args.quick else args.rounds, 20.0 if args.quick else args.budget)
         result |= report(found, batch, tokens)
     return result
