@@ -194,7 +194,7 @@ def sampled(done) -> Path:
     base = f"sample --model {done}/tiny/model --prompts {done}/prompts.jsonl --split test --samples 3 --sampling.max_new_tokens 8"
     ways = {
         "joint": f"--values {done}/distilled --weights 0.2,0.8 --kl_budget 0.5",
-        "apart": f"--values {done}/brief,{done}/diverse --weights ,1 --kl_budget null --beta 0.3 --skip_above 0.9",
+        "apart": f"--values {done}/brief,{done}/diverse --weights ,1 --kl_budget null --beta 0.3 --skip_above 0.9 --value_dtype bfloat16",
         "reference": "",
     }
     for name, way in ways.items():

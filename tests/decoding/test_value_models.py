@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -101,6 +102,21 @@ def test_every_response(tiny_lm, request, monkeypatch, which_models, config, ski
     guide = ValueModelGuide(tiny_lm, models, beta=BETA, skip_above=skip_above)
     check_every_response(tiny_lm, guide, config, wanted, monkeypatch)
     assert (0.1 < np.mean(sure) < 0.9) if skip_above < 1 else not any(sure)
+
+
+def test_a_value_model_in_bfloat16_steers_by_nearly_the_same_values(tiny_lm, joint):
+    """The first step's tilt, of which all candidates share the prompt: the same to 8 bits of the states."""
+    half = ValueModel(replace(joint[0].lm, model=copy.deepcopy(joint[0].lm.model).bfloat16()), joint[0].heads)
+    requests = [Request(id=str(i), prompt=p, seed=i, weights=(0.3, 0.7)) for i, p in enumerate(PROMPTS)]
+    one = replace(CONFIG, max_new_tokens=1, top_k=0)
+    tilts = []
+    for models in (joint, [half]):
+        guide, seen = ValueModelGuide(tiny_lm, models, beta=BETA), []
+        shift = guide.shift
+        guide.shift = lambda step, shift=shift, seen=seen: seen.append(shift(step)) or seen[-1]
+        generate(tiny_lm, requests, one, guide)
+        tilts.append(torch.cat(seen).numpy())
+    assert 0 < np.abs(tilts[1] - tilts[0]).max() < 0.05 * np.abs(tilts[0]).max()
 
 
 def test_rows_do_not_depend_on_their_batch(tiny_lm, apart):

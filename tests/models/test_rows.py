@@ -152,3 +152,35 @@ def test_a_copy_is_independent(tiny_lm, count):
             feed(other, theirs, generator)
         agrees(tiny_lm, batch, said)
         agrees(tiny_lm, other, theirs)
+
+
+@pytest.mark.parametrize(
+    ("tails", "run"),
+    [
+        ([[3], [4, 5, 6, 7], [4, 4]], 34 + 3 * 4),  # 2 * 34 tokens saved, tails padded to the longest
+        ([[], [3], [4, 4, 5]], 33 + 3 * 4),  # the last token of the first row is its own
+        ([[3], [4, 5, 6, 7]], 2 * 38),  # 34 saved are too few
+    ],
+)
+def test_what_all_prompts_begin_with_is_run_once(tiny_lm, tails, run):
+    generator = torch.Generator().manual_seed(5)
+    stem = torch.randint(3, 8, (34,), generator=generator).tolist()
+    said, seen = [stem + tail for tail in tails], []
+    hook = tiny_lm.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    with torch.inference_mode():
+        batch = Batch(tiny_lm, said, (1,), 2)
+        hook.remove()
+        assert sum(seen) == run
+        agrees(tiny_lm, batch, said)
+        mark, then = batch.mark(1), list(said[1])
+        for _ in range(2):
+            feed(batch, said, generator)
+        agrees(tiny_lm, batch, said)
+        batch.restore(1, mark)
+        said[1] = then
+        agrees(tiny_lm, batch, said)
+        # A row of another batch, with padding elsewhere, takes a place beside them.
+        batch.take(torch.tensor([0]), Batch(tiny_lm, [[*stem[:9], 3, 4, 5], [7]], (1,), 2), torch.tensor([0]))
+        said[0] = [*stem[:9], 3, 4, 5]
+        feed(batch, said, generator)
+        agrees(tiny_lm, batch, said)

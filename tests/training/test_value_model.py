@@ -227,6 +227,11 @@ def test_training_learns_and_what_is_saved_is_what_was_trained(policy, forest, t
     assert saved.objectives == ("even", "low")
     assert saved.heads.normaliser == SCALE
     value_SK = np.concatenate(saved.predict([row.pack.tree for row in lesson.train]))
+    half = load_value_model(folder, dtype="bfloat16")
+    assert {p.dtype for p in half.lm.model.parameters()} == {torch.bfloat16}
+    half_SK = np.concatenate(half.predict([row.pack.tree for row in lesson.train]))
+    # Eight bits of mantissa, over a few layers.
+    assert 0 < np.abs(half_SK - value_SK).max() < 0.05 * np.abs(value_SK).max()
     target_SK = np.concatenate([row.target_SK for row in lesson.train])
     assert np.mean((value_SK - target_SK) ** 2) < 0.8 * history[0]["mse"]
     quality = read_json(run.folder / "quality.json")

@@ -1,8 +1,9 @@
-"""Rows that are decoded together: their cache, left-padded mask and positions, kept in step."""
+"""Rows that are decoded together: their cache, mask and positions, kept in step. All end in one column, with padding anywhere before it."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -53,6 +54,16 @@ class Mark:
     followers: list[Any]
 
 
+_WORTH_SHARING = 64
+"""Tokens of prompts that a forward more, which reads all weights once more, has to save."""
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; the last one of each, whose states are read, isn't counted."""
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
 class Batch:
     """Rows of one model: prompts of any length, `room` tokens after them, hidden states of `layers` (the final one always).
 
@@ -83,11 +94,7 @@ class Batch:
         asked = [(tuple(p), c) for p, c in zip(prompts, read, strict=True)]
         unique = {key: row for row, key in enumerate(dict.fromkeys(asked))}
         width = max(len(p) for p, _ in unique)
-        ids = torch.zeros((len(unique), width), dtype=torch.long)
-        mask = torch.zeros((len(unique), width), dtype=torch.long)
-        for (prompt, _), row in unique.items():
-            ids[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.long)
-            mask[row, width - len(prompt) :] = 1
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in unique])
         self.conditions_RK = None if conditions_RK is None else conditions_RK.new_tensor([c for _, c in unique]).to(lm.device)
         self.cache = new_cache(lm.model.config, width + room)
         self.mask_RT = mask.to(lm.device)
@@ -96,10 +103,32 @@ class Batch:
         if len(set(stem_of.values())) < len(stem_of) and attends_fully(lm.model.config):
             self.states = self._run_trees(list(stem_of), list(stem_of.values()), width)
         else:
-            positions = (self.mask_RT.cumsum(dim=1) - 1).clamp(min=0)
-            self.states = self.run(ids.to(lm.device), self.mask_RT, positions)
+            self.states = self._run_prompts([prompt for prompt, _ in unique])
         if len(unique) < len(prompts):
             self.select(torch.tensor([unique[key] for key in asked], device=lm.device))
+
+    def _run_prompts(self, prompts: Sequence[tuple[int, ...]]) -> dict[int, torch.Tensor]:
+        """Fill the cache with these rows; the tokens that all of them begin with are run once, where that saves enough.
+
+        Padding then is between those and the rest of a row.
+        """
+        import torch
+
+        from equipoise.models.cache import attends_fully, select_rows
+
+        rows, width, device = len(prompts), self.mask_RT.shape[1], self.lm.device
+        shared = _shared(prompts)
+        if (rows - 1) * shared < _WORTH_SHARING or self.conditions_RK is not None or not attends_fully(self.lm.model.config):
+            shared = 0
+        if shared:
+            ids = torch.tensor([prompts[0][:shared]], device=device)
+            self.run(ids, torch.ones_like(ids), torch.arange(shared, device=device)[None])
+            select_rows(self.cache, torch.zeros(rows, dtype=torch.long, device=device))
+        gaps = [width - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[0] * gap + list(prompt[shared:]) for gap, prompt in zip(gaps, prompts, strict=True)], device=device)
+        self.mask_RT = self.mask_RT.new_tensor([[1] * shared + [0] * gap + [1] * (width - shared - gap) for gap in gaps])
+        positions = (self.mask_RT.cumsum(dim=1) - 1).clamp(min=0)
+        return self.run(ids, self.mask_RT, positions[:, shared:])
 
     def _run_trees(self, prompts: Sequence[tuple[int, ...]], stems: Sequence[tuple[int, ...]], width: int) -> dict[int, torch.Tensor]:
         """Fill the cache with these rows from one tree per stem; returns the states of each row's last token."""

@@ -155,8 +155,9 @@ def candidates(batch: Batch, weights_RK: torch.Tensor, rows: Sequence[Row], know
     raw_RV = batch.lm.head(batch.states[batch.lm.num_layers]).float()
     raw_RV[:, known:] = float("-inf")
     logits_RV = raw_RV / config.temperature if config.temperature != 1.0 else raw_RV
-    length_R = torch.tensor([len(row.job.request.given) + len(row.tokens) for row in rows], device=logits_RV.device)
-    if not config.allow_eos_first:
+    lengths = [len(row.job.request.given) + len(row.tokens) for row in rows]
+    length_R = torch.tensor(lengths, device=logits_RV.device)
+    if not config.allow_eos_first and 0 in lengths:
         ends_V = torch.zeros(logits_RV.shape[1], dtype=torch.bool, device=logits_RV.device)
         ends_V[sorted(batch.lm.eos_ids)] = True
         logits_RV = logits_RV.masked_fill((length_R == 0)[:, None] & ends_V, float("-inf"))

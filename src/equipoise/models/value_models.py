@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -98,8 +98,10 @@ def _sort_sets(path: Path) -> None:
         write_json(path, {name: sorted(value) if isinstance(value, list) else value for name, value in settings.items()})
 
 
-def load_value_model(folder: Path, *, trainable: bool = False) -> ValueModel:
+def load_value_model(folder: Path, *, trainable: bool = False, dtype: Literal["float32", "bfloat16"] = "float32") -> ValueModel:
     """Read a value model; `trainable` leaves its adapter apart and switched on, to go on training it.
+
+    `dtype` is the backbone's; its states are read in float32 whatever that is.
 
     Raises `UserError` where the folder holds none, or where its base isn't what it was trained on.
     """
@@ -109,11 +111,12 @@ def load_value_model(folder: Path, *, trainable: bool = False) -> ValueModel:
     part = next((folder / name for name in _PARTS if (folder / name).is_dir()), None)
     if part is None:
         raise UserError(f"{folder} has neither of {' and '.join(_PARTS)}: run `equipoise train value_model` again")
+    import torch
+
     if part.name == "backbone":
-        import torch
         from transformers import AutoModel
 
-        model = AutoModel.from_pretrained(part, dtype=torch.float32, use_safetensors=True).eval()
+        model = AutoModel.from_pretrained(part, dtype=getattr(torch, dtype), use_safetensors=True).eval()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer = load_tokenizer(heads.model)
         lm = LanguageModel(model.to(device).requires_grad_(trainable), tokenizer, str(folder), "local")
@@ -125,7 +128,7 @@ def load_value_model(folder: Path, *, trainable: bool = False) -> ValueModel:
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         adapted = PeftModel.from_pretrained(base.model, str(part), is_trainable=trainable)
     adapted.peft_config["default"].base_model_name_or_path = ""
-    model = adapted if trainable else adapted.merge_and_unload().eval().requires_grad_(False)
+    model = adapted if trainable else adapted.merge_and_unload().to(getattr(torch, dtype)).eval().requires_grad_(False)
     lm = LanguageModel(model, base.tokenizer, str(folder), f"adapter on {weights_key(base)}", base.eos_ids)
     return ValueModel(lm, heads)
 
