@@ -40,10 +40,10 @@ class _Batches(Dataset):
 
 
 class Watch(TrainerCallback):
-    """Shows progress, stops at a loss that isn't a number, seals checkpoints."""
+    """Shows progress, stops at a loss that isn't a number and after the last step, seals checkpoints."""
 
-    def __init__(self, seal: Callable[[Path], None], advance: Callable[[int], None], learning_rate: float) -> None:
-        self.seal, self.advance, self.learning_rate = seal, advance, learning_rate
+    def __init__(self, seal: Callable[[Path], None], advance: Callable[[int], None], learning_rate: float, last: int) -> None:
+        self.seal, self.advance, self.learning_rate, self.last = seal, advance, learning_rate, last
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Runs before the step's checkpoint is written, so that no broken weights are kept."""
@@ -58,6 +58,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """One more step is done."""
         self.advance(1)
+        control.should_training_stop |= state.global_step >= self.last
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Every process has written its part when this has waited for all."""
@@ -179,3 +180,13 @@ def make_trainer(
         raise UserError(f"can't report to {', '.join(arguments.report_to)} ({error}): install it, or leave trackers out") from None
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def restore(model: nn.Module, config: FitConfig, checkpoint: Path) -> None:
+    """Give the model the parameters of a checkpoint, before more of its run is trained."""
+    arguments = make_arguments(config, checkpoint.parent)
+    _Trainer(_no_loss, 1.0, model=model, args=arguments)._load_from_checkpoint(str(checkpoint))
+
+
+def _no_loss(model: nn.Module, batch: dict[str, Any]) -> LossOutput:
+    raise AssertionError("nothing is trained here")
