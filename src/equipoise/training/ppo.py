@@ -248,7 +248,7 @@ class PPO:
             value = values_of(learner.trained, rows, shared=shared)
             for p, row in enumerate(rows):
                 advantage, target = self._by_tokens(scored.scalar_PG[p], logratio[p], value[p], beta)
-                found.append(_with(row, there_PG[p], {"advantage": advantage, "value": value[p], "target": target}))
+                found.append(_with(row, there_PG[p], {"advantage": advantage, "value": value[p], "value_target": target}))
         else:
             sum_PG = np.array([[each.sum() for each in group] for group in logratio])
             advantage_PG = self._by_responses(scored, sum_PG, beta)
@@ -323,7 +323,7 @@ def _value_loss(value_BGT: Tensor, batch: dict[str, Any], used_BGT: Tensor, clip
     """Half the squared error of the values, the larger one of the value and of it clipped to what it was, summed over tokens."""
     import torch
 
-    before_BGT, target_BGT = batch["value"], batch["target"]
+    before_BGT, target_BGT = batch["value"], batch["value_target"]
     near_BGT = before_BGT + (value_BGT - before_BGT).clamp(-clip, clip)
     worse_BGT = torch.maximum((value_BGT - target_BGT) ** 2, (near_BGT - target_BGT) ** 2)
     return 0.5 * (worse_BGT * used_BGT).sum(-1).mean()
