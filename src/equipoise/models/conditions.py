@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from equipoise.types import Message, Prompt, UserError
+from equipoise.types import Message, Prompt, Request, UserError
 
 _NAME = re.compile(r"[\w.-]+")
 _ESCAPES = "\\~^`"
@@ -109,6 +109,17 @@ def decode(prompt: Prompt, wording: Wording | None = None) -> tuple[Prompt, dict
     if encode(plain, numbers, wording) != prompt:
         raise UserError(f"prompt {prompt.id!r} wasn't written by `encode`, or with another wording: writing it again gives another text")
     return plain, numbers
+
+
+def weights_in_prompt(tokenizer: Any, objectives: Sequence[str]) -> Callable[[Request], Prompt]:
+    """A request to the prompt that says its weights, to two decimals: what a policy that reads them there is trained and served on."""
+    wording = Wording(decimals=2, specials=special_strings(tokenizer))
+
+    def asked(request: Request) -> Prompt:
+        assert request.weights is not None, "only requests with weights reach a tuned policy"
+        return encode(request.prompt, dict(zip(objectives, request.weights, strict=True)), wording)
+
+    return asked
 
 
 def _markers(names: Iterable[str]) -> list[str]:

@@ -53,7 +53,7 @@ class Config:
     weights: str = ""
     """The one trade-off that is trained for, as helpful=0.7,harmless=0.3; "" draws weights for every prompt of every round."""
     reads: Reads = "nothing"
-    """Where the policy reads the weights of its prompt: nothing (the weights are fixed) or parameters (adapters that they mix)."""
+    """Where the policy reads a prompt's weights: nothing (they are fixed), its prompt, or its parameters (adapters that they mix)."""
     concentration: float = 1.0
     """p of the Dirichlet law from which weights are drawn; 1 is uniform."""
     grid: int = 0
@@ -129,7 +129,10 @@ class Round:
 class Method(Protocol):
     """What a way of training adds to the rounds."""
 
-    title: str
+    @property
+    def title(self) -> str:
+        """Its name."""
+        ...
 
     def prepared(self, learner: Learner) -> Learner:
         """The learner with what else is trained."""
@@ -309,9 +312,7 @@ class Rounds:
             scalar_PG=scalarised(z_PGK, weights_PK, self.config),
         )
 
-    def _trained(
-        self, scored: Round, record: Record, settings: dict[str, float], begin: int, identity: str
-    ) -> list[dict[str, float]]:
+    def _trained(self, scored: Round, record: Record, settings: dict[str, float], begin: int, identity: str) -> list[dict[str, float]]:
         """Take the round's steps. Raises `UserError` where it has diverged, or does."""
         last = self._checkpoints / f"checkpoint-{begin}" if begin else None
         kl = record["kl_exact"]

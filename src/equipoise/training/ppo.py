@@ -150,9 +150,7 @@ def adapted(beta: float, kl: float, target: float, horizon: float, count: int) -
     return beta * (1 + float(np.clip(kl / target - 1, -0.2, 0.2)) * count / horizon)
 
 
-def clipped_objective(
-    logratio_BGT: Float[Tensor, "B G T"], advantage_BGT: Float[Tensor, "B G T"], clip: float
-) -> Float[Tensor, "B G T"]:
+def clipped_objective(logratio_BGT: Float[Tensor, "B G T"], advantage_BGT: Float[Tensor, "B G T"], clip: float) -> Float[Tensor, "B G T"]:
     """min(rho A, clip(rho) A) of each token, rho = exp(log-ratio to the policy that drew it). Differentiable."""
     import torch
 

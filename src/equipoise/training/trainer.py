@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from equipoise.training.fit import FitConfig
 from equipoise.types import LossOutput, UserError
@@ -97,9 +97,11 @@ class _Trainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Without the parameters that aren't trained: a run that continues starts with them anyway. peft does so by itself."""
         whole = self.accelerator.unwrap_model(self.model)
-        if state_dict is None and not hasattr(whole, "peft_config") and not all(p.requires_grad for p in whole.parameters()):
+        plain = isinstance(whole, PreTrainedModel) and all(p.requires_grad for p in whole.parameters())
+        if state_dict is None and not hasattr(whole, "peft_config") and not plain:
+            trained = {name for name, p in whole.named_parameters() if p.requires_grad}  # tied ones once, as safetensors wants them
             everything = whole.state_dict(keep_vars=True)
-            state_dict = {name: t for name, t in everything.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
+            state_dict = {name: t for name, t in everything.items() if name in trained or not isinstance(t, nn.Parameter)}
         super()._save(output_dir, state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
