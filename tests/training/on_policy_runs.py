@@ -40,7 +40,7 @@ TOKENIZER = build_tokenizer(WORDS)
 TEXTS = [TOKENIZER.decode(s, skip_special_tokens=True) for s in SAID]
 REWARD = {
     (text, asked): r
-    for (text, asked), r in zip(itertools.product(sorted(set(TEXTS)), ASKED), np.random.default_rng(0).normal(size=(99, 2)))
+    for (text, asked), r in zip(itertools.product(sorted(set(TEXTS)), ASKED), np.random.default_rng(0).normal(size=(99, 2)), strict=False)
 }
 """By text and prompt, on x and y."""
 PLAIN = Normaliser(objectives=("x", "y"), mean_K=(0.0, 0.0), sd_K=(1.0, 1.0))

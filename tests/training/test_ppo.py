@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from equipoise.models.completions import Completions
-from equipoise.training import on_policy
 from equipoise.training.completion_rows import Row, collator
 from equipoise.training.ppo import (
     PPO,
@@ -30,7 +29,7 @@ from equipoise.training.ppo import (
 )
 from equipoise.types import UserError
 from training.every_sequence import PROMPTS, RESPONSES, build, distribution
-from training.on_policy_runs import HALF, WEIGHTS, far, learner_of, make_rounds, optimum
+from training.on_policy_runs import HALF, learner_of
 
 NAN = math.nan
 

@@ -178,8 +178,8 @@ def requests_of(prompts: Sequence[Prompt], objectives: Sequence[str], config: Co
 def scalarised(z_PGK: np.ndarray, weights_PK: np.ndarray, config: Config) -> np.ndarray:
     """s of every response, [P, G]."""
     if config.scalarisation == "linear":
-        return np.stack([linear(z_GK, w_K) for z_GK, w_K in zip(z_PGK, weights_PK, strict=True)])
-    return np.stack([chebyshev(z_GK, w_K, config.ideal) for z_GK, w_K in zip(z_PGK, weights_PK, strict=True)])
+        return np.stack([linear(z_GK, w_K) for z_GK, w_K in zip(z_PGK, weights_PK.tolist(), strict=True)])
+    return np.stack([chebyshev(z_GK, w_K, config.ideal) for z_GK, w_K in zip(z_PGK, weights_PK.tolist(), strict=True)])
 
 
 def statistics(scored: Round, objectives: Sequence[str]) -> Record:
