@@ -21,6 +21,7 @@ from equipoise.training.ppo import (
     clipped_objective,
     decoupled,
     gae,
+    half_variance,
     leave_one_out,
     logprobs_and_values,
     standardised,
@@ -196,12 +197,26 @@ def test_an_unscored_response_has_no_gradient():
     torch.testing.assert_close(*gradients)
 
 
-def test_the_kl_in_the_loss_is_half_the_squared_log_ratio_of_the_response():
-    """0.5 beta mean_y l(y)^2, with l by a plain forward."""
+def test_the_kl_in_the_loss_is_half_the_variance_of_the_log_ratio():
+    """Log-ratios 0.1 a token: sums of 0.1 and 0.2 over a prompt's responses, at beta 0.6."""
     rows = every_response(np.zeros((2, len(RESPONSES))), np.ones((2, len(RESPONSES))))
     rows = [replace(r, per_token={**r.per_token, "reference": [x - 0.1 for x in r.per_token["reference"]]}) for r in rows]
     found = PPO(Config(kl="loss"), HALF).loss({"beta": 0.6})(build(), collator(shared=True)(rows)).loss
-    assert found.item() == pytest.approx(0.3 * np.mean([(0.1 * len(s)) ** 2 for s in RESPONSES]), rel=1e-3)
+    assert found.item() == pytest.approx(0.3 * np.var([0.1 * len(s) for s in RESPONSES], ddof=1), rel=1e-3)
+    one = half_variance(torch.tensor([[1.0, 4.0, 9.0], [2.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
+    assert one.tolist() == [2.25, 0.0]
+
+
+def test_its_gradient_is_that_of_the_kl():
+    """The mean over 4000 draws of pairs of responses, against the KL of all responses listed, in one direction of the logits."""
+    rng, reference = np.random.default_rng(0), torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    logits = torch.tensor([0.5, -0.3, 0.2, 0.0], requires_grad=True)
+    law = logits.log_softmax(-1)
+    (exact,) = torch.autograd.grad((law.exp() * (law - reference)).sum(), logits, retain_graph=True)
+    drawn = torch.tensor(rng.choice(4, size=(4000, 2), p=law.exp().detach().double().numpy() / law.exp().detach().double().sum().item()))
+    (found,) = torch.autograd.grad(half_variance((law - reference)[drawn], torch.ones(4000, 2)).mean(), logits)
+    torch.testing.assert_close(found, exact, atol=0.012, rtol=0)
+    assert exact.abs().max() > 0.1
 
 
 # --- values

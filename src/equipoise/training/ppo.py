@@ -13,8 +13,8 @@
     gae    A_t = sum_(s >= t) (gamma lambda)^(s-t) (e_s + gamma V_(s+1) - V_s),    e_t = -beta l_t, + s at the last token
                                                                     V: a linear head on the policy's states, trained beside it
 
-With kl = loss, l leaves the advantages and (beta / 2) l^2 of each response is added to L, whose gradient is that of the same KL at
-the policy as it is now. beta is fixed, or beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) after every round.
+With kl = loss, l leaves the advantages and beta / 2 times the variance of log pi - log pi_ref over each prompt's responses is added to
+L: where they were drawn its gradient is that of the KL, and it follows the policy through a round's later steps. beta is fixed, or beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) after every round.
 
 Papers: PPO (1707.06347), Ziegler et al. 2019 (1909.08593: adaptive KL), RLOO (2402.14740), GRPO (2402.03300), GDPO (2601.05242);
 MORLHF as in Rewards-in-Context (2402.10207) and Rewarded Soups (2306.04488). Departures: rewards are standardised on the reference,
@@ -158,6 +158,16 @@ def clipped_objective(logratio_BGT: Float[Tensor, "B G T"], advantage_BGT: Float
     return torch.minimum(ratio_BGT * advantage_BGT, ratio_BGT.clamp(1 - clip, 1 + clip) * advantage_BGT)
 
 
+def half_variance(logratio_BG: Float[Tensor, "B G"], scored_BG: Float[Tensor, "B G"]) -> Float[Tensor, " B"]:
+    """Half the variance (ddof 1) of each row's scored log-ratios, whose gradient is, where they were drawn, that of the KL.
+
+    grad = cov(l, grad log pi), and E[grad log pi] = 0. Differentiable; 0 for fewer than two.
+    """
+    count_B = scored_BG.sum(1)
+    mean_B1 = (logratio_BG * scored_BG).sum(1, keepdim=True) / count_B.clamp_min(1)[:, None]
+    return 0.5 * ((logratio_BG - mean_B1) ** 2 * scored_BG).sum(1) / (count_B - 1).clamp_min(1)
+
+
 # --- values
 
 
@@ -299,7 +309,7 @@ class PPO:
             }
             if config.kl == "loss":
                 logratio_BG = ((logprob_BGT - batch["reference"]) * used_BGT).sum(-1)
-                total = total + beta * 0.5 * (logratio_BG**2).mean()
+                total = total + beta * half_variance(logratio_BG, batch["scored"]).mean()
             if value_BGT is not None:
                 error = _value_loss(value_BGT, batch, used_BGT, config.value_clip)
                 total, logged["value_loss"] = total + config.value_coefficient * error, error.detach()
