@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tokenizers.pre_tokenizers import Digits, Whitespace
 from tokenizers.pre_tokenizers import Sequence as Sequence_
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import prompt
 from equipoise.models.chat import prompt_ids
@@ -23,7 +24,7 @@ from equipoise.models.lora import Lora, WeightedLora
 from equipoise.models.weighted_lora import conditioned
 from equipoise.objectives import Normaliser, chebyshev
 from equipoise.stages.on_policy import policy_sampler
-from equipoise.tiny import SPECIAL, build_llama, build_tokenizer
+from equipoise.tiny import SPECIAL, build_tokenizer
 from equipoise.training import on_policy
 from equipoise.training.fit import FitConfig
 from equipoise.training.learner import Learner, Reads, make_learner
@@ -40,6 +41,7 @@ class World:
 
     words: tuple[str, ...]
     horizon: int
+    width: int = 16
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -68,13 +70,20 @@ class World:
     @cached_property
     def lm(self) -> LanguageModel:
         """Two layers."""
-        model = build_llama(len(self.words), layers=2, max_position=64, seed=0)
+        sizes = {"vocab_size": len(self.words), "hidden_size": self.width, "intermediate_size": 2 * self.width, "num_hidden_layers": 2}
+        ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": EOS}
+        config = LlamaConfig(
+            **sizes, **ids, num_attention_heads=4, max_position_embeddings=64, initializer_range=0.35 * 4 / self.width**0.5
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config).eval().requires_grad_(False)
         return LanguageModel(model=model, tokenizer=self.tokenizer, name="small", revision="seed 0", eos_ids=eos_ids(model, self.tokenizer))
 
 
 SMALL = World((*SPECIAL, "a", "b"), horizon=2)
 """Five tokens, 21 responses."""
-NUMBERS = World((*SPECIAL, "a", "b", "x", "y", "<", ">", ".", *"0123456789"), horizon=1)
+NUMBERS = World((*SPECIAL, "a", "b", "x", "y", "<", ">", ".", *"0123456789"), horizon=1, width=48)
 """In whose words weights can be told: 20 tokens, as many responses."""
 PLAIN = Normaliser(objectives=("x", "y"), mean_K=(0.0, 0.0), sd_K=(1.0, 1.0))
 WEIGHTS = (0.3, 0.7)
@@ -114,7 +123,7 @@ def make_rounds(method_of, config: on_policy.Config, out: Path, rewards=None, co
     """A run of the method that `method_of(config)` gives."""
     config = replace(config, sampling=replace(config.sampling, max_new_tokens=world.horizon))
     method = method_of(config)
-    learner = method.prepared(learner_of(config.reads, config.lora, world))
+    learner = method.prepared(learner_of(config.reading, config.lora, world))
     rewards = rewards or [Table("x", world), Table("y", world)]
     return on_policy.Rounds(learner, prompts_of(copies), rewards, PLAIN, policy_sampler(learner, config), method, config, out)
 

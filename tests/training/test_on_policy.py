@@ -270,9 +270,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ({"reads": "tea leaves"}, "reads the weights in nothing, prompt, parameters"),
-        ({"weights": ""}, "give the weights of a policy that reads nothing"),
-        ({"reads": "prompt"}, "and none for one that reads them"),
+        ({"reads": "tea leaves"}, "reads weights in its prompt or its parameters, not in 'tea leaves'"),
         ({"scalarisation": "chebyshev"}, "scalarise by linear, or by chebyshev and an ideal"),
         ({"beta": 0.0}, "beta, max_kl and concentration must be positive"),
         ({"samples": 1}, "samples at least 2"),

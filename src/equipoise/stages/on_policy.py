@@ -36,7 +36,7 @@ class OnPolicy:
     """Model behind rewards that are heads on hidden states."""
     statistics: Path
     """Frozen statistics of the reference's rewards, as `normalise` writes them: what a standard deviation of each reward is."""
-    loop: on_policy.Config = field(default_factory=lambda: on_policy.Config(reads="parameters"))
+    loop: on_policy.Config = field(default_factory=on_policy.Config)
     """Rounds, weights, and what the policy reads of them."""
     cache: Path | None = field(default=None, metadata=EXECUTION)
     """Folder of scores that are kept between runs."""

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -52,8 +52,8 @@ class Config:
 
     weights: str = ""
     """The one trade-off that is trained for, as helpful=0.7,harmless=0.3; "" draws weights for every prompt of every round."""
-    reads: Reads = "nothing"
-    """Where the policy reads a prompt's weights: nothing (they are fixed), its prompt, or its parameters (adapters that they mix)."""
+    reads: Literal["prompt", "parameters"] = "parameters"
+    """Where a policy reads weights that are drawn: in its prompt, or in its parameters, adapters that they mix."""
     concentration: float = 1.0
     """p of the Dirichlet law from which weights are drawn; 1 is uniform."""
     grid: int = 0
@@ -77,19 +77,17 @@ class Config:
     sampling: Sampling = field(default_factory=lambda: Sampling(top_k=0, allow_eos_first=True, batch_size=64))
     """How tokens are drawn. Temperature 1 from all tokens, any of which may come first: else the gradient is of another law."""
     lora: Lora = field(default_factory=lambda: Lora(dropout=0.0))
-    """Which weights are trained, where the policy reads nothing."""
+    """Which weights are trained, unless the policy's parameters read the trade-off."""
     weighted: WeightedLora = field(default_factory=lambda: WeightedLora(dropout=0.0))
-    """The adapters, where its parameters read the weights."""
+    """The adapters, where its parameters read it."""
     seed: int = 0
     """Of the prompts, weights and responses; `fit.seed` is that of the training."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=2e-4, batch_size=8, schedule="linear"))
     """How it is trained; the schedule is over all rounds, `steps` says how many there are, and a round ends with a checkpoint."""
 
     def __post_init__(self) -> None:
-        if self.reads not in get_args(Reads):
-            raise UserError(f"a policy reads the weights in {', '.join(get_args(Reads))}, not in {self.reads!r}")
-        if (self.reads == "nothing") != bool(self.weights):
-            raise UserError("give the weights of a policy that reads nothing, and none for one that reads them: they are drawn")
+        if self.reads not in ("prompt", "parameters"):
+            raise UserError(f"a policy reads weights in its prompt or its parameters, not in {self.reads!r}")
         if self.scalarisation not in ("linear", "chebyshev") or (self.scalarisation == "chebyshev") != bool(self.ideal):
             raise UserError(f"scalarise by linear, or by chebyshev and an ideal; got {self.scalarisation!r} and ideal {self.ideal}")
         if not min(self.beta, self.max_kl, self.concentration) > 0 or self.grid < 0:
@@ -108,6 +106,11 @@ class Config:
                 "training draws from the policy's own law: sampling needs temperature 1, top_k 0, greedy false and allow_eos_first true, "
                 f"got {s.temperature:g}, {s.top_k}, {str(s.greedy).lower()} and {str(s.allow_eos_first).lower()}"
             )
+
+    @property
+    def reading(self) -> Reads:
+        """What the policy reads weights in: nothing where they are fixed."""
+        return "nothing" if self.weights else self.reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,12 +379,12 @@ def train(
     if scale.objectives != objectives:
         raise UserError(f"the statistics are of {', '.join(scale.objectives)}, and the rewards are {', '.join(objectives)}")
     start = load_start(source)
-    learner = method.prepared(make_learner(start, objectives, config.reads, config.lora, config.weighted, config.fit.seed))
+    learner = method.prepared(make_learner(start, objectives, config.reading, config.lora, config.weighted, config.fit.seed))
     about = {"base": start.base.name, "weights_key": start.weights}
     records = Rounds(learner, prompts, rewards, scale, sampler_of(learner), method, config, run.folder).run()
     folders = learner.save(run.folder)
     card: dict[str, Any] = {"method": method.title, "objectives": objectives, "model": source, "beta": config.beta, **about}
-    card |= {"weights": parse_weights(config.weights, objectives)} if config.weights else {"reads": config.reads}
+    card |= {"weights": parse_weights(config.weights, objectives)} if config.weights else {"reads": config.reading}
     card |= {"trained_parameters": sum(p.numel() for p in learner.trained.parameters() if p.requires_grad)}
     card |= {"responses": config.rounds * config.prompts * config.samples, "last_round": records[-1]}
     run.outputs += [run.folder / "log.jsonl", *sorted((run.folder / "rounds").rglob("*.*"))]

@@ -14,7 +14,8 @@
                                                                     V: a linear head on the policy's states, trained beside it
 
 With kl = loss, l leaves the advantages and beta / 2 times the variance of log pi - log pi_ref over each prompt's responses is added to
-L: where they were drawn its gradient is that of the KL, and it follows the policy through a round's later steps. beta is fixed, or beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) after every round.
+L: where they were drawn its gradient is that of the KL, and it follows the policy through a round's later steps, through which an
+advantage stays as it was. beta is fixed, or beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) after every round.
 
 Papers: PPO (1707.06347), Ziegler et al. 2019 (1909.08593: adaptive KL), RLOO (2402.14740), GRPO (2402.03300), GDPO (2601.05242);
 MORLHF as in Rewards-in-Context (2402.10207) and Rewarded Soups (2306.04488). Departures: rewards are standardised on the reference,
