@@ -172,7 +172,7 @@ def test_where_it_was_drawn_the_losses_gradient_is_that_of_the_expected_reward(s
     scalar_PS = np.random.default_rng(1).normal(size=(len(PROMPTS), len(RESPONSES)))
     rows = every_response(scalar_PS, np.ones_like(scalar_PS))
     model = build().requires_grad_(True)
-    found = PPO(Config(), HALF).loss({"beta": 0.5})(model, collator(shared=shared)(rows))
+    found = PPO(Config(kl="reward"), HALF).loss({"beta": 0.5})(model, collator(shared=shared)(rows))
     found.loss.backward()
     assert found.logged["clip_fraction"] == 0
     assert float(found.logged["kl_k3_to_drawn"]) == pytest.approx(0, abs=1e-5)
@@ -254,7 +254,7 @@ def test_values_are_a_linear_function_of_the_state_before_each_token(tmp_path):
     [
         ({"advantage": "best"}, "advantage is one of rloo, grpo, gdpo, gae"),
         ({"kl": "k3"}, "kl reward or loss, got 'rloo' and 'k3'"),
-        ({"advantage": "gae", "kl": "loss"}, "gae takes the KL as a reward"),
+        ({"advantage": "gae", "kl": "loss"}, "gae takes the KL as a reward of every token"),
         ({"kl_target": -1.0}, "kl_target and value_coefficient must not be negative"),
         ({"clip": 0.0}, "clip and value_clip must be positive"),
         ({"lam": 1.5}, "gamma lies above 0 and lam from 0"),

@@ -57,8 +57,8 @@ class Config:
 
     advantage: Advantage = "rloo"
     """What a response, or a token, is compared with; see the equations."""
-    kl: Literal["reward", "loss"] = "reward"
-    """Where the KL to the reference enters; not for gdpo and gae, which take it as a reward."""
+    kl: Literal["", "loss", "reward"] = ""
+    """Where the KL to the reference enters; "" for the loss, but with gae, which needs it there, for the reward."""
     kl_target: float = 0.0
     """Nats per response that the adaptive beta aims at; 0 for a fixed beta."""
     kl_horizon: float = 10000.0
@@ -75,12 +75,12 @@ class Config:
     """Of gae: weight of the values' squared error."""
 
     def __post_init__(self) -> None:
-        if self.advantage not in get_args(Advantage) or self.kl not in ("reward", "loss"):
+        if self.advantage not in get_args(Advantage) or self.kl not in ("", "reward", "loss"):
             raise UserError(
                 f"advantage is one of {', '.join(get_args(Advantage))} and kl reward or loss, got {self.advantage!r} and {self.kl!r}"
             )
-        if self.kl == "loss" and self.advantage in ("gdpo", "gae"):
-            raise UserError(f"{self.advantage} takes the KL as a reward: leave kl as it is, or choose rloo or grpo")
+        if self.kl == "loss" and self.advantage == "gae":
+            raise UserError("gae takes the KL as a reward of every token: leave kl away, or choose another advantage")
         if min(self.kl_target, self.value_coefficient) < 0 or not min(self.kl_horizon, self.clip, self.value_clip) > 0:
             raise UserError(
                 "kl_target and value_coefficient must not be negative and kl_horizon, clip and value_clip must be positive, got "
@@ -88,6 +88,11 @@ class Config:
             )
         if not (0 < self.gamma <= 1 and 0 <= self.lam <= 1):
             raise UserError(f"gamma lies above 0 and lam from 0, both up to 1, got {self.gamma} and {self.lam}")
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL is a term of the loss."""
+        return (self.kl or ("reward" if self.advantage == "gae" else "loss")) == "loss"
 
 
 # --- the maths
@@ -270,10 +275,12 @@ class PPO:
         """One advantage for all tokens of a response, [P, G]."""
         if self.config.advantage == "gdpo":
             reward_PG = decoupled(scored.z_PGK, scored.weights_PK)
+            if self.config.kl_in_loss:
+                return np.nan_to_num(reward_PG)
             penalty_PG = np.where(np.isnan(reward_PG), np.nan, logratio_PG)
             apart_PG = penalty_PG - np.nanmean(penalty_PG, axis=1, keepdims=True)
             return np.nan_to_num(reward_PG - beta * apart_PG)
-        return_PG = scored.scalar_PG - (beta * logratio_PG if self.config.kl == "reward" else 0.0)
+        return_PG = scored.scalar_PG - (0.0 if self.config.kl_in_loss else beta * logratio_PG)
         return (leave_one_out if self.config.advantage == "rloo" else standardised)(return_PG)
 
     def _by_tokens(
@@ -308,7 +315,7 @@ class PPO:
                 "clip_fraction": ((moved_BGT.exp() - 1).abs() > config.clip).sum() / tokens,
                 "kl_k3_to_drawn": kl_k3(moved_BGT).mean(),
             }
-            if config.kl == "loss":
+            if config.kl_in_loss:
                 logratio_BG = ((logprob_BGT - batch["reference"]) * used_BGT).sum(-1)
                 total = total + beta * half_variance(logratio_BG, batch["scored"]).mean()
             if value_BGT is not None:
