@@ -95,6 +95,6 @@ def test_the_minimum_is_the_closed_form():
         ({"loss": "log"}, "unknown loss 'log'; known: sigmoid, hinge, ipo"),
     ],
 )
-def test_settings_are_checked(bad, says):
+def test_settings_are_checked(unchecked, bad, says):
     with pytest.raises(UserError, match=says):
         Config(**bad)

@@ -260,6 +260,6 @@ def test_values_are_a_linear_function_of_the_state_before_each_token(tmp_path):
         ({"lam": 1.5}, "gamma lies above 0 and lam from 0"),
     ],
 )
-def test_settings_are_checked(bad, says):
+def test_settings_are_checked(unchecked, bad, says):
     with pytest.raises(UserError, match=says):
         Config(**bad)

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import expit
 
 from equipoise.training import dpo, on_policy
 from equipoise.training.completion_rows import Row, row_logprobs
@@ -72,6 +71,8 @@ def pair_labels(scalar_G: Float[np.ndarray, " G"], labels: str, pairs: str) -> F
 
     (0, 0) for a pair that isn't used: one with an unscored response, a tie under hard labels, or one that is not of the extremes.
     """
+    from scipy.special import expit
+
     at_Q2 = np.array(pairs_of(len(scalar_G)))
     gap_Q = scalar_G[at_Q2[:, 0]] - scalar_G[at_Q2[:, 1]]
     first_Q = expit(gap_Q) if labels == "soft" else (gap_Q > 0).astype(float)
