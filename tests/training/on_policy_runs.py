@@ -147,13 +147,16 @@ def optimum(world: World, asked: Prompt, weights: Sequence[float], config: on_po
     return tilted_S / tilted_S.sum()
 
 
-def far(learner: Learner, weights: Sequence[float], config: on_policy.Config, world: World = SMALL) -> float:
-    """The larger of the two prompts' total variations from the optimum."""
+def far(
+    learner: Learner, weights: Sequence[float], config: on_policy.Config, world: World = SMALL, told: Sequence[float] | None = None
+) -> float:
+    """The larger of the two prompts' total variations from the optimum, at these weights unless the policy is told others."""
+    aim, weights = weights, told or weights
     learner.trained.eval()
     said, found = weights_in_prompt(world.tokenizer, PLAIN.objectives), []
     for asked in prompts_of():
         own = said(Request(id="", prompt=asked, seed=0, weights=tuple(weights))) if learner.reads == "prompt" else asked
         with conditioned(learner.policy.model, torch.tensor([list(weights)]) if learner.reads == "parameters" else None):
             has = law(world, learner.policy.model, own)
-        found.append(np.abs(has - optimum(world, asked, weights, config)).sum() / 2)
+        found.append(np.abs(has - optimum(world, asked, aim, config)).sum() / 2)
     return float(max(found))

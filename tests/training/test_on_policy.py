@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -19,11 +20,19 @@ from equipoise.training import on_policy, online_dpo, ppo
 from equipoise.training.on_policy import Round, drawn_prompts, requests_of, scalarised, statistics, summary
 from equipoise.types import Rollout, UserError
 from training.children import child_runner
-from training.on_policy_runs import FIT, HALF, NUMBERS, PLAIN, WEIGHTS, Table, far, make_rounds, optimum, prompts_of
+from training.on_policy_runs import FIT, HALF, NUMBERS, PLAIN, WEIGHTS, Table, far, make_rounds
 
 NAN = math.nan
-PROMPT_BOUND = 0.12
 FEW = replace(HALF, rounds=3, samples=4, steps=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quicker_rounds():
+    """Every round's fit collects garbage, and what the tests have imported is much to look through."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def by_ppo(**settings):
@@ -106,7 +115,7 @@ STEPS = replace(HALF, beta=1.0, rounds=10, steps=10, samples=100)
     ("method", "config", "bound"),
     [
         (by_ppo(), STEPS, 0.04),
-        (by_ppo(), replace(STEPS, scalarisation="chebyshev", ideal=(2.0, 2.0)), 0.04),
+        (by_ppo(), replace(STEPS, rounds=7, scalarisation="chebyshev", ideal=(2.0, 2.0)), 0.05),
         # an advantage stays through a round's steps, where the KL in the loss follows the policy: 60 steps, with more left to go
         (by_ppo(advantage="gae"), replace(STEPS, rounds=20, steps=3), 0.09),
     ],
@@ -132,14 +141,15 @@ def test_online_dpo_reaches_it_at_weights_it_never_saw(tmp_path):
 
 
 def test_a_policy_that_is_told_its_weights_follows_them(tmp_path):
-    """No one policy is as near to all four optima: the outer two are further from each other than twice the bound."""
-    config = replace(STEPS, weights="", reads="prompt", prompts=32, samples=8, rounds=14, steps=14)
+    """After 120 steps it has some way to go, but told the right weights it is much nearer to their optimum than told the others."""
+    config = replace(STEPS, weights="", reads="prompt", prompts=32, samples=6, rounds=10, steps=12)
     run = make_rounds(by_dpo(), replace(config, fit=replace(FIT, batch_size=32)), tmp_path, copies=16, world=NUMBERS)
     run.run()
-    apart = max(
-        np.abs(optimum(NUMBERS, asked, UNSEEN[0], config) - optimum(NUMBERS, asked, UNSEEN[-1], config)).sum() / 2 for asked in prompts_of()
-    )
-    assert max(far(run.learner, weights, config, NUMBERS) for weights in UNSEEN) < PROMPT_BOUND < apart / 2
+    ends = (UNSEEN[0], UNSEEN[-1])
+    right = [far(run.learner, weights, config, NUMBERS) for weights in ends]
+    wrong = [far(run.learner, weights, config, NUMBERS, told=other) for weights, other in zip(ends, ends[::-1], strict=True)]
+    assert max(right) < 0.18
+    assert min(w - r for r, w in zip(right, wrong, strict=True)) > 0.03
 
 
 # --- the loop
@@ -291,6 +301,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path):
         ({"scalarisation": "chebyshev"}, "scalarise by linear, or by chebyshev and an ideal"),
         ({"beta": 0.0}, "beta, max_kl and concentration must be positive"),
         ({"samples": 1}, "samples at least 2"),
+        ({"fit": replace(FIT, max_steps=9)}, "leave fit.max_steps 9 away"),
         ({"sampling": replace(HALF.sampling, top_k=40)}, "sampling needs temperature 1, top_k 0, .* got 1, 40, false and true"),
         ({"sampling": replace(HALF.sampling, temperature=0.7)}, "got 0.7, 0, false and true"),
     ],

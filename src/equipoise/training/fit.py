@@ -99,6 +99,10 @@ class Stretch:
     """Of the run: what its checkpoints are sealed with."""
 
 
+class DivergedError(UserError):
+    """The loss or its gradient is not a finite number."""
+
+
 @dataclass(frozen=True)
 class Fitted:
     """The trained model, and one entry per step: step, loss (mean over the step's rows), what the loss logged, learning_rate."""
@@ -153,12 +157,15 @@ def fit(
     in `folder` isn't looked for then, and the history is that of these steps.
     Of several processes (`accelerate launch`) the first one returns, and the others end here with exit code 0.
 
-    Raises `UserError` where the loss or its gradient is not finite, or the folder's checkpoints are of other settings or rows.
+    Raises `DivergedError` where the loss or its gradient is not finite, and `UserError` where the folder's checkpoints are of other
+    settings or rows.
     """
     from equipoise.training.trainer import Watch, make_arguments, make_trainer
 
     if not rows:
         raise UserError("there are no rows to train on")
+    if stretch:
+        config = replace(config, checkpoint_every=config.max_steps)
     arguments = make_arguments(config, folder)
     lengths = lengths or [1] * len(rows)
     per_step = config.accumulate * arguments.world_size
@@ -168,7 +175,7 @@ def fit(
     if stretch:
         identity, begun, checkpoint, total = stretch.identity, stretch.begin, stretch.checkpoint, stretch.total
         steps += begun
-        arguments.max_steps, arguments.save_steps, arguments.ignore_data_skip = total, config.max_steps, True
+        arguments.max_steps, arguments.ignore_data_skip = total, True
     else:
         identity, total = digest_of({"config": asdict(config), "lengths": list(lengths)}), steps
         begun, checkpoint = last_sealed(folder, identity)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ from equipoise.rewards.scoring import score_shards
 from equipoise.rollouts import SHARD_BATCHES, collect, make_requests, request_seed
 from equipoise.runs import Manifest, digest_of, plain, read_json, recorded, write_json, write_text
 from equipoise.training.completion_rows import Row, collator
-from equipoise.training.fit import FitConfig, Stretch, entries_of, fit, last_sealed
+from equipoise.training.fit import DivergedError, FitConfig, Stretch, entries_of, fit, last_sealed
 from equipoise.training.learner import Learner, Reads, make_learner
 from equipoise.training.policy import conclude, load_start
 from equipoise.types import LossOutput, Prompt, Request, Reward, Rollout, Sampler, UserError
@@ -83,7 +84,7 @@ class Config:
     seed: int = 0
     """Of the prompts, weights and responses; `fit.seed` is that of the training."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=2e-4, batch_size=8, schedule="linear"))
-    """How it is trained; the schedule is over all rounds, `steps` says how many there are, and a round ends with a checkpoint."""
+    """How it is trained; the schedule is over all rounds, each of which ends with a checkpoint, whatever epochs and checkpoint_every."""
 
     def __post_init__(self) -> None:
         if self.reads not in ("prompt", "parameters"):
@@ -94,6 +95,10 @@ class Config:
             raise UserError(
                 "beta, max_kl and concentration must be positive and grid not negative, got "
                 f"{self.beta}, {self.max_kl}, {self.concentration} and {self.grid}"
+            )
+        if self.fit.max_steps:
+            raise UserError(
+                f"steps says how many a round takes, and rounds how many rounds there are: leave fit.max_steps {self.fit.max_steps} away"
             )
         if min(self.rounds, self.prompts, self.steps) < 1 or self.samples < 2:
             raise UserError(
@@ -331,17 +336,15 @@ class Rounds:
         try:
             trained, folder = self.learner.trained, self._checkpoints
             return fit(trained, rows, collator(shared=shared), loss, self._fit, folder, lengths=lengths, stretch=stretch).history
-        except UserError as error:
-            if last is None or "checkpoint" in str(error):
-                raise
+        except DivergedError as error:
             raise UserError(self._stopped(scored.number, last, str(error))) from None
 
-    def _stopped(self, number: int, good: Path, why: str) -> str:
+    def _stopped(self, number: int, good: Path | None, why: str) -> str:
         """Save the policy as it was at a checkpoint, and say that the run stopped."""
         from equipoise.training.trainer import restore
 
         said = f"stopped in round {number + 1} of {self.config.rounds}: {why}"
-        if not good.is_dir():
+        if good is None or not good.is_dir():  # the reference is all there was
             return said
         restore(self.learner.trained, self._fit, good)
         return f"{said}; the last good policy is in {self.learner.save(self.out / 'last_good')[0]}"
@@ -372,6 +375,8 @@ def train(
     weights, an ideal or statistics of other objectives than the rewards'.
     """
     objectives = tuple(reward.name for reward in rewards)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("rounds run in one process: start them without accelerate launch")
     if config.weights:
         parse_weights(config.weights, objectives)
     if config.ideal and len(config.ideal) != len(objectives):

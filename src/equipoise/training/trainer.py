@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from equipoise.training.fit import FitConfig
+from equipoise.training.fit import DivergedError, FitConfig
 from equipoise.types import LossOutput, UserError
 
 
@@ -50,7 +50,7 @@ class Watch(TrainerCallback):
         for name in ("loss", "grad_norm"):
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
-                raise UserError(
+                raise DivergedError(
                     f"{name.replace('grad_norm', 'the norm of the gradient').replace('loss', 'the loss')} is {value} at step "
                     f"{state.global_step}: lower learning_rate (it is {self.learning_rate:g}), or look for rows that are out of range"
                 )
