@@ -39,6 +39,8 @@ install_import_hook(
         "equipoise.training.held_out",
         "equipoise.training.linear",
         "equipoise.training.modpo",
+        "equipoise.training.online_dpo",
+        "equipoise.training.ppo",
         "equipoise.training.ridge",
         "equipoise.training.sft",
         "equipoise.training.sipo",

@@ -23,6 +23,8 @@ METHODS = {
     "rewarded_soups_hh": {"soup", "factors", "MOD"},
     "sipo_helpsteer": {"MOD", "SIPO", "soup", "SIPO-soup"},
     "modpo_saferlhf": {"MODPO", "MOD", "soup"},
+    "morlhf_hh": {"MORLHF"},
+    "online_dpo_hh": {"prompt", "parameters"},
     "preferences": {"soup", "MOD", "MODPO", "PARM"},
     "parm_saferlhf": {"PARM", "GenARM", "MOD", "soup"},
     "sipo_beavertails": {"MOD", "SIPO", "soup", "SIPO-soup"},

@@ -39,6 +39,13 @@ COMMANDS = {
     "train gating": ("equipoise.stages.rewards", "TrainGating", "train_gating", "a gate that mixes them (ArmoRM, stage 2)"),
     "train dpo": ("equipoise.stages.preferences", "TrainDPO", "train_dpo", "a policy on pairs, of one label set or several"),
     "train modpo": ("equipoise.stages.preferences", "TrainMODPO", "train_modpo", "a policy for one weighting: pairs and rewards (MODPO)"),
+    "train ppo": ("equipoise.stages.on_policy", "TrainPPO", "train_ppo", "a policy on its own responses' rewards (PPO, MORLHF)"),
+    "train online_dpo": (
+        "equipoise.stages.on_policy",
+        "TrainOnlineDPO",
+        "train_online_dpo",
+        "a policy on pairs of its own responses, at any weights (online DPO)",
+    ),
     "train sft": ("equipoise.stages.sft", "TrainSFT", "train_sft", "a model learns responses"),
     "train autoregressive": (
         "equipoise.stages.preferences",

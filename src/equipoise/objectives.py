@@ -155,6 +155,15 @@ def simplex_grid(objectives: int, steps: int) -> list[tuple[float, ...]]:
     return sorted(points, reverse=True)
 
 
+def random_weights(seed: Sequence[int], objectives: int, concentration: float = 1.0, grid: int = 0) -> tuple[float, ...]:
+    """A point of the simplex, a function of the seed alone: from Dirichlet(p, .., p), p = `concentration`, or of the grid of 1/grid."""
+    rng = np.random.default_rng(list(seed))
+    if grid:
+        points = simplex_grid(objectives, grid)
+        return points[rng.integers(len(points))]
+    return tuple(rng.dirichlet([concentration] * objectives).tolist())
+
+
 def linear(reward_NK: Real[np.ndarray, "N K"], weights_K: Sequence[float]) -> Float[np.ndarray, " N"]:
     """sum_k w_k r_k; an objective of weight 0 may be unscored."""
     weights = np.asarray(weights_K, dtype=np.float64)

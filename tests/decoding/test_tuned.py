@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-from conftest import build_llama
+from conftest import build_llama, prompt
 from decoding.rows import PROMPTS, Plain, check_batches, check_every_response, leaves, sibling
 from equipoise.decoding.logit_mixing import mixing_guide, tuned_guide
 from equipoise.models.chat import prompt_ids
@@ -18,7 +18,7 @@ from equipoise.models.companions import Voice
 from equipoise.models.generation import Sampling, generate
 from equipoise.models.loading import LanguageModel
 from equipoise.models.weighted_lora import WeightedLinear, WeightedLora, add_weighted_lora, dense_update, route_adapters
-from equipoise.types import Request, UserError
+from equipoise.types import Prompt, Request, UserError
 from peft_folders import add_dense, peft_folder, tiny_base, updates
 
 WEIGHTS = ((0.3, 0.7), (1.0, 0.0), (1.4, -0.6), None)
@@ -161,3 +161,28 @@ def test_bad_policies_are_named(tiny_lm, adapters):
     guide = tuned_guide(tiny_lm, Voice(lm=route_adapters(tiny_lm, adapters[0]), condition="weights"))
     with pytest.raises(UserError, match="1 weights for objectives x, y"):
         generate(tiny_lm, [Request(id="r", prompt=PROMPTS[0], seed=0, weights=(1.0,))], Sampling(), guide)
+
+
+@pytest.mark.parametrize("config", [Sampling(max_new_tokens=3, top_k=0), Sampling(max_new_tokens=4, top_k=3, temperature=0.7)])
+def test_a_policy_that_is_told_its_weights_in_the_prompt(tiny_lm, monkeypatch, config):
+    """Its law is that of its model under the prompt that says the weights; what the KL is against reads the plain prompt."""
+
+    def told(text: str, weights) -> Prompt:
+        return prompt("any", text + " d" * round(10 * weights[0]) + " a" * round(10 * weights[1]))
+
+    other = sibling(tiny_lm, 6)
+    guide = tuned_guide(tiny_lm, Voice(lm=other, asked=lambda request: told(request.prompt.text, request.weights)), ("x", "y"))
+    plain, wanted = Plain(), []
+    for weights, which in (((0.3, 0.7), 0), ((1.0, 0.0), 1), ((1.0, 0.0), 2), (None, 0)):
+        ids = None if weights is None else prompt_ids(tiny_lm.tokenizer, told(PROMPTS[which].text, weights))
+
+        def law(head, prefixes, allowed, ids=ids):
+            model = tiny_lm if ids is None else other
+            return log_softmax(np.where(allowed, plain(model, [(*(ids or head), *p) for p in prefixes]), -np.inf), axis=1)
+
+        found = leaves(plain, tiny_lm, which, weights, config, law)
+        wanted += found[:: max(1, len(found) // 60)]
+    got = check_every_response(tiny_lm, guide, config, wanted, monkeypatch)
+    assert {r.guide_forwards - len(r.tokens) + 1 for r in got if r.prompt_id == "short"} == {
+        len(prompt_ids(tiny_lm.tokenizer, told("c", (1.0, 0.0))))
+    }

@@ -23,7 +23,7 @@ from equipoise.models.loading import LanguageModel
 from equipoise.models.own_rows import OwnRows
 from equipoise.models.rows import Batch
 from equipoise.models.weighted_lora import objectives_of
-from equipoise.types import Message, UserError
+from equipoise.types import Message, Prompt, Request, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class Voice:
     lm: LanguageModel
     system: str = ""
     """A system message that it alone is given, in place of the prompt's own."""
+    asked: Callable[[Request], Prompt] | None = None
+    """The prompt that it alone is given, in place of the request's own: one that says the weights, perhaps."""
     condition: tuple[float, ...] | Literal["weights"] | None = None
     """What its weighted adapters read: these numbers, or each row's own weights."""
 
@@ -173,8 +175,11 @@ class _Group(OwnRows):
 
 
 def _asked(start: Start, row: int, voice: Voice) -> Sequence[int]:
-    """The prompt's tokens, under the voice's own system message where it has one."""
+    """The prompt's tokens: the voice's own prompt, or the row's under its own system message, where it has one."""
     prompt, ids = start.requests[row].prompt, start.prompts[row]
+    if voice.asked is not None:
+        prompt = voice.asked(start.requests[row])
+        ids = prompt_ids(start.batch.lm.tokenizer, prompt)
     if voice.system:
         rest = tuple(m for m in prompt.messages if m["role"] != "system")
         changed = replace(prompt, messages=(Message(role="system", content=voice.system), *rest))

@@ -113,7 +113,7 @@ def add_weighted_lora(lm: LanguageModel, lora: WeightedLora, objectives: Sequenc
     def kaiming(*shape: int) -> torch.Tensor:
         return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[-1])
 
-    model, asked = _shared_copy(lm.model), RowWeights(objectives)
+    model, asked = shared_copy(lm.model), RowWeights(objectives)
     found = [name for name, m in model.named_modules() if _is_linear(m) and name.rsplit(".", 1)[-1] in lora.targets]
     if not found:
         raise UserError(f"{lm.name!r} has no linear layers named {', '.join(lora.targets)}: name its own in targets")
@@ -134,7 +134,7 @@ def route_adapters(lm: LanguageModel, folders: Mapping[str, Path]) -> LanguageMo
     for folder in folders.values():
         check_base(lm, Path(folder))
     adapters = [read_adapter(Path(folder)).layers for folder in folders.values()]
-    model, asked = _shared_copy(lm.model), RowWeights(tuple(folders))
+    model, asked = shared_copy(lm.model), RowWeights(tuple(folders))
     for name in dict.fromkeys(name for adapter in adapters for name in adapter):
         try:
             sizes = _sizes(model.get_submodule(name))
@@ -201,7 +201,7 @@ def load_weighted(lm: LanguageModel, path: Path) -> LanguageModel:
     header = read_header(path)
     if path.is_dir():
         check_base(lm, path)
-    tensors, model, asked = load_file(_tensors_file(path)), _shared_copy(lm.model), RowWeights(header["objectives"])
+    tensors, model, asked = load_file(_tensors_file(path)), shared_copy(lm.model), RowWeights(header["objectives"])
     try:
         for name, scale in header["scale"].items():
             _wrap(model, name, tuple(tensors[f"{name}.{part}"] for part in _PARTS), scale, 0.0, asked)
@@ -233,7 +233,7 @@ def _check_sizes(says: str, name: str, sizes: tuple[int, int], down: torch.Tenso
         raise UserError(f"{says}: {name} takes {found[0]} to {found[1]}, not {sizes[0]} to {sizes[1]}")
 
 
-def _shared_copy(model: Any) -> Any:
+def shared_copy(model: Any) -> Any:
     """The same tensors in modules of their own, so that what is hung in leaves the original as it was."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(t): t for t in tensors})

@@ -52,7 +52,7 @@ class Steer:
     soup: tuple[str, ...] = ()
     """Adapters whose weighted sum to sample from instead, as [helpful=FOLDER,harmless=FOLDER]."""
     policy: str = ""
-    """A tuned policy to sample instead, priced against the model: a folder or Hub id; weights only if its adapters read them."""
+    """A tuned policy to sample instead, priced against the model: a folder or Hub id; weights only if it reads them."""
     messages: tuple[str, ...] = ()
     """System messages to steer with instead, as [helpful=FOR,harmless=FOR|AGAINST]."""
     beta: float = 1.0
@@ -291,6 +291,7 @@ def _by_soup(sampled: Settings) -> Way:
 def _by_policy(sampled: Settings) -> Way:
     from equipoise.decoding.logit_mixing import tuned_guide
     from equipoise.models.companions import Voice
+    from equipoise.models.conditions import weights_in_prompt
     from equipoise.models.loading import ADAPTER_CONFIG, WEIGHTED
     from equipoise.models.weighted_lora import load_weighted, read_header, route_adapters
 
@@ -306,21 +307,27 @@ def _by_policy(sampled: Settings) -> Way:
     objectives, weights = _trained_at(folder)
 
     def guide(lm: LanguageModel) -> Guide:
+        asked = weights_in_prompt(lm.tokenizer, objectives) if weights is None else None
         if kind:  # on the policy's own weights, which it shares
-            voice = Voice(lm=route_adapters(lm, {"policy": folder}), condition=(1.0,))
+            voice = Voice(lm=route_adapters(lm, {"policy": folder}), condition=(1.0,), asked=asked)
         else:
-            voice = Voice(lm=common.model_of(name, sampled["trust_remote_code"]))
+            voice = Voice(lm=common.model_of(name, sampled["trust_remote_code"]), asked=asked)
         return tuned_guide(lm, voice, objectives)
 
     return Way(objectives=objectives, parents=parents_of({"policy": name}), guide=guide, fixed=weights, reference_measures=True)
 
 
-def _trained_at(folder: Path) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """(objectives, weights) that the card of a policy's folder, or of the run around it, says; none where it says none."""
+def _trained_at(folder: Path) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    """(objectives, weights) that the card of a policy's folder, or of the run around it, says; none where it says none.
+
+    Weights None are those of a policy that reads them in its prompt.
+    """
     from equipoise.objectives import named_weights
 
     for card in (folder / "card.json", folder.parent / "card.json"):
         said = read_json(card) if card.is_file() else {}
+        if isinstance(said, dict) and said.get("objectives") and said.get("reads") == "prompt":
+            return tuple(said["objectives"]), None
         if isinstance(said, dict) and said.get("objectives") and said.get("weights"):
             return tuple(said["objectives"]), named_weights(said["weights"], said["objectives"])
     return (), ()

@@ -30,13 +30,13 @@ import numpy as np
 from jaxtyping import Float
 
 from equipoise.models.completions import Completions
-from equipoise.models.logprobs import can_share, completion_logprobs, completion_sums
+from equipoise.models.logprobs import can_share, completion_sums
 from equipoise.models.lora import Lora, WeightedLora
-from equipoise.objectives import simplex_grid, weight_label
+from equipoise.objectives import random_weights, simplex_grid, weight_label
 from equipoise.progress import bar
 from equipoise.runs import Manifest
 from equipoise.training import dpo
-from equipoise.training.completion_rows import Row, collator
+from equipoise.training.completion_rows import Row, collator, row_logprobs
 from equipoise.training.fit import FitConfig, Fitted, fit
 from equipoise.training.held_out import held_out_accuracy, response_facts
 from equipoise.training.policy import Start, conclude, load_start, save_policy, trainable
@@ -115,12 +115,7 @@ def label_shares(label_NK: Float[np.ndarray, "N K"], objectives: Sequence[str]) 
 
 def drawn_weights(config: Config, row: int, epoch: int) -> list[float]:
     """w of a row in an epoch, a function of these and `fit.seed` alone."""
-    rng = np.random.default_rng([config.fit.seed, epoch, row])
-    if config.grid:
-        points = simplex_grid(len(config.objectives), config.grid)
-        return list(points[rng.integers(len(points))])
-    drawn: list[float] = rng.dirichlet([config.concentration] * len(config.objectives)).tolist()
-    return drawn
+    return list(random_weights([config.fit.seed, epoch, row], len(config.objectives), config.concentration, config.grid))
 
 
 def make_loss(beta: float, share_K: Sequence[float]) -> Callable[[Any, dict[str, Any]], LossOutput]:
@@ -141,14 +136,7 @@ def make_loss(beta: float, share_K: Sequence[float]) -> Callable[[Any, dict[str,
 
 def gaps(model: Any, batch: dict[str, Any], weights_BK: Tensor) -> Tensor:
     """d of each pair at its weights, which a model without weighted adapters doesn't read, [B]."""
-    from equipoise.models.weighted_lora import conditioned, objectives_of
-
-    inner = getattr(model, "module", model)
-    # A pair is one row of the forward (a tree) or two that follow each other.
-    copies = len(batch["input_ids"]) // len(weights_BK)
-    read_RK = weights_BK.repeat_interleave(copies, dim=0) if objectives_of(inner) else None
-    with conditioned(inner, read_RK):
-        sum_B2 = completion_logprobs(model, batch).sum(-1)
+    sum_B2 = row_logprobs(model, {**batch, "weights": weights_BK}).sum(-1)
     return sum_B2[:, 0] - sum_B2[:, 1]
 
 

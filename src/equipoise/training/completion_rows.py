@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from equipoise.models.completions import Completions, completion_batch, completions_of
-from equipoise.models.logprobs import completion_sums
+from equipoise.models.logprobs import completion_logprobs, completion_sums
 from equipoise.progress import bar
 from equipoise.runs import digest_of
 from equipoise.training.embeddings import encode_shards
@@ -21,6 +21,7 @@ from equipoise.types import LabelledPair, UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 _SHARD = 256
 
@@ -31,6 +32,8 @@ class Row:
 
     completions: Completions
     numbers: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    per_token: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    """Numbers of every token of every response."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,34 @@ def pair_rows(pairs: Sequence[LabelledPair], tokenizer: Any, limit: int) -> Pair
 
 
 def collator(*, shared: bool) -> Callable[[list[Row]], dict[str, torch.Tensor]]:
-    """Rows to a `completion_batch` and their numbers, [B, count] each."""
+    """Rows to a `completion_batch`, their numbers, [B, count] each, and those of their tokens, [B, M, T] with 0 at padding."""
 
     def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
         import torch
 
         numbers = {name: torch.tensor([list(row.numbers[name]) for row in rows], dtype=torch.float32) for name in rows[0].numbers}
-        return completion_batch([row.completions for row in rows], shared=shared) | numbers
+        batch = completion_batch([row.completions for row in rows], shared=shared) | numbers
+        for name in rows[0].per_token:
+            batch[name] = torch.zeros_like(batch["real"])
+            for b, row in enumerate(rows):
+                for m, told in enumerate(row.per_token[name]):
+                    batch[name][b, m, : len(told)] = torch.tensor(told)
+        return batch
 
     return collate
+
+
+def row_logprobs(model: Any, batch: dict[str, Any]) -> Tensor:
+    """log p of every response token, [B, M, T], at the row's `weights` where the model's adapters read some. Differentiable."""
+    from equipoise.models.weighted_lora import conditioned, objectives_of
+
+    inner = getattr(model, "module", model)
+    if not objectives_of(inner):
+        return completion_logprobs(model, batch)
+    # A row is one sequence of the forward (a tree), or one per response, which follow each other.
+    copies = len(batch["input_ids"]) // len(batch["weights"])
+    with conditioned(inner, batch["weights"].repeat_interleave(copies, dim=0)):
+        return completion_logprobs(model, batch)
 
 
 def reference_logprobs(

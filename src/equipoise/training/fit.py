@@ -17,8 +17,8 @@ import contextlib
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,6 +85,24 @@ class FitConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Some steps of a longer run whose rows come while it goes on: parameters, optimiser, schedule and history continue."""
+
+    begin: int
+    """Steps that the run has taken."""
+    total: int
+    """Steps of the whole run: what the schedule of the learning rate is over."""
+    checkpoint: Path | None
+    """Where the run was after `begin` steps, as `last_sealed` found it; None at its start."""
+    identity: str
+    """Of the run: what its checkpoints are sealed with."""
+
+
+class DivergedError(UserError):
+    """The loss or its gradient is not a finite number."""
+
+
 @dataclass(frozen=True)
 class Fitted:
     """The trained model, and one entry per step: step, loss (mean over the step's rows), what the loss logged, learning_rate."""
@@ -126,6 +144,7 @@ def fit(
     *,
     lengths: Sequence[int] | None = None,
     renew: Callable[[Any, int, int], Any] | None = None,
+    stretch: Stretch | None = None,
     title: str = "training",
 ) -> Fitted:
     """Minimise the mean of `loss` over the rows, in place, and continue from the last sealed checkpoint in `folder`.
@@ -134,33 +153,50 @@ def fit(
     tokens, as the collator pads them; without them batches are not sorted. Parameters that don't require gradients stay.
     `renew` makes of a row, its number and the pass over the rows (0, 1, ..) what this pass collates, and has to be a function
     of these three, so that a run that continues sees what an undisturbed one would have seen.
+    A `stretch` takes `config.max_steps` steps of a longer run on these rows and seals a checkpoint after the last of them; what is
+    in `folder` isn't looked for then, and the history is that of these steps.
     Of several processes (`accelerate launch`) the first one returns, and the others end here with exit code 0.
 
-    Raises `UserError` where the loss or its gradient is not finite, or the folder's checkpoints are of other settings or rows.
+    Raises `DivergedError` where the loss or its gradient is not finite, and `UserError` where the folder's checkpoints are of other
+    settings or rows.
     """
     from equipoise.training.trainer import Watch, make_arguments, make_trainer
 
     if not rows:
         raise UserError("there are no rows to train on")
+    if stretch:
+        config = replace(config, checkpoint_every=config.max_steps)
     arguments = make_arguments(config, folder)
     lengths = lengths or [1] * len(rows)
     per_step = config.accumulate * arguments.world_size
-    plan = plan_batches(lengths, config, config.max_steps * per_step)
+    drawn = replace(config, seed=config.seed + stretch.begin) if stretch else config
+    plan = plan_batches(lengths, drawn, config.max_steps * per_step)
     steps = -(-len(plan) // per_step)
-    arguments.warmup_steps = round(config.warmup * steps)
-    identity = digest_of({"config": asdict(config), "lengths": list(lengths)})
-    begun, checkpoint = last_sealed(folder, identity)
+    if stretch:
+        identity, begun, checkpoint, total = stretch.identity, stretch.begin, stretch.checkpoint, stretch.total
+        steps += begun
+        arguments.max_steps, arguments.ignore_data_skip = total, True
+    else:
+        identity, total = digest_of({"config": asdict(config), "lengths": list(lengths)}), steps
+        begun, checkpoint = last_sealed(folder, identity)
+    arguments.warmup_steps = round(config.warmup * total)
     first = arguments.process_index == 0
-    with bar(title, steps - begun) if first and steps > begun else contextlib.nullcontext(lambda _count: None) as advance:
-        watch = Watch(lambda path: seal(path, identity), advance, config.learning_rate)
+    shown = first and steps > begun and not stretch
+    with bar(title, steps - begun) if shown else contextlib.nullcontext(lambda _count: None) as advance:
+        watch = Watch(lambda path: seal(path, identity), advance, config.learning_rate, steps)
         trainer = make_trainer(model, rows, plan, renew, collate, loss, arguments, watch)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.wait_for_everyone()
     if not first:
         raise SystemExit(0)
-    # in one order of keys, since those of a checkpoint come back sorted
-    history = [{key: entry[key] for key in sorted(entry) if key != "epoch"} for entry in trainer.state.log_history if "loss" in entry]
+    history = entries_of(trainer.state.log_history, stretch.begin if stretch else 0, steps)
     return Fitted(trainer.accelerator.unwrap_model(trainer.model), history)
+
+
+def entries_of(log: Sequence[Mapping[str, float]], since: int, until: int) -> list[dict[str, float]]:
+    """The history of the steps after `since` up to `until`, of a Trainer's log."""
+    found = [entry for entry in log if "loss" in entry and since < entry["step"] <= until]
+    return [{key: entry[key] for key in sorted(entry) if key != "epoch"} for entry in found]  # a checkpoint's come back sorted
 
 
 def seal(checkpoint: Path, identity: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from equipoise.training.fit import FitConfig
+from equipoise.training.fit import DivergedError, FitConfig
 from equipoise.types import LossOutput, UserError
 
 
@@ -40,17 +40,17 @@ class _Batches(Dataset):
 
 
 class Watch(TrainerCallback):
-    """Shows progress, stops at a loss that isn't a number, seals checkpoints."""
+    """Shows progress, stops at a loss that isn't a number and after the last step, seals checkpoints."""
 
-    def __init__(self, seal: Callable[[Path], None], advance: Callable[[int], None], learning_rate: float) -> None:
-        self.seal, self.advance, self.learning_rate = seal, advance, learning_rate
+    def __init__(self, seal: Callable[[Path], None], advance: Callable[[int], None], learning_rate: float, last: int) -> None:
+        self.seal, self.advance, self.learning_rate, self.last = seal, advance, learning_rate, last
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Runs before the step's checkpoint is written, so that no broken weights are kept."""
         for name in ("loss", "grad_norm"):
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
-                raise UserError(
+                raise DivergedError(
                     f"{name.replace('grad_norm', 'the norm of the gradient').replace('loss', 'the loss')} is {value} at step "
                     f"{state.global_step}: lower learning_rate (it is {self.learning_rate:g}), or look for rows that are out of range"
                 )
@@ -58,6 +58,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """One more step is done."""
         self.advance(1)
+        control.should_training_stop |= state.global_step >= self.last
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Every process has written its part when this has waited for all."""
@@ -96,9 +97,11 @@ class _Trainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Without the parameters that aren't trained: a run that continues starts with them anyway. peft does so by itself."""
         whole = self.accelerator.unwrap_model(self.model)
-        if state_dict is None and not hasattr(whole, "peft_config") and not all(p.requires_grad for p in whole.parameters()):
+        plain = isinstance(whole, PreTrainedModel) and all(p.requires_grad for p in whole.parameters())
+        if state_dict is None and not hasattr(whole, "peft_config") and not plain:
+            trained = {name for name, p in whole.named_parameters() if p.requires_grad}  # tied ones once, as safetensors wants them
             everything = whole.state_dict(keep_vars=True)
-            state_dict = {name: t for name, t in everything.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
+            state_dict = {name: t for name, t in everything.items() if name in trained or not isinstance(t, nn.Parameter)}
         super()._save(output_dir, state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -179,3 +182,13 @@ def make_trainer(
         raise UserError(f"can't report to {', '.join(arguments.report_to)} ({error}): install it, or leave trackers out") from None
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def restore(model: nn.Module, config: FitConfig, checkpoint: Path) -> None:
+    """Give the model the parameters of a checkpoint, before more of its run is trained."""
+    arguments = make_arguments(config, checkpoint.parent)
+    _Trainer(_no_loss, 1.0, model=model, args=arguments)._load_from_checkpoint(str(checkpoint))
+
+
+def _no_loss(model: nn.Module, batch: dict[str, Any]) -> LossOutput:
+    raise AssertionError("nothing is trained here")
