@@ -40,6 +40,7 @@ COMMANDS = {
     "train dpo": ("equipoise.stages.preferences", "TrainDPO", "train_dpo", "a policy on pairs, of one label set or several"),
     "train modpo": ("equipoise.stages.preferences", "TrainMODPO", "train_modpo", "a policy for one weighting: pairs and rewards (MODPO)"),
     "train sft": ("equipoise.stages.sft", "TrainSFT", "train_sft", "a model learns responses"),
+    "train ric": ("equipoise.stages.in_context", "TrainRiC", "train_ric", "a model that is told the scores it should get (RiC)"),
     "train autoregressive": (
         "equipoise.stages.preferences",
         "TrainAutoregressive",
