@@ -27,6 +27,8 @@ METHODS = {
     "parm_saferlhf": {"PARM", "GenARM", "MOD", "soup"},
     "sipo_beavertails": {"MOD", "SIPO", "soup", "SIPO-soup"},
     "sipo_smollm2": {"MOD", "SIPO"},
+    "ric_hh": {"RiC", "RiC-released", "offline"},
+    "ric_summary": {"RiC", "RiC-released", "offline"},
 }
 SHELL = "modpo_saferlhf"
 """The one that is run as its user does; the others run in the tests' process, which has imported what takes seconds."""
