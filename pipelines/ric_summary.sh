@@ -12,7 +12,7 @@ if [ -n "$tiny" ]; then
   run tiny --out "$out/tiny"
   base=$out/tiny/model pairs=hh:$out/tiny/hh.jsonl asked=hh:$out/tiny/hh.jsonl held=hh:$out/tiny/hh.jsonl rewards='[summary=long,faithful=readable]'
   rounds=(--limit 20) points=(--limit 6 --steps 2 --n_boot 50 --examples 1) drawn=(--sampling.max_new_tokens 16)
-  offline=(--sft.format summary --sft.lora.rank 2 --sft.max_length 128 --sft.test_share 0.5 --sft.fit.batch_size 4 --sft.fit.max_steps 3)
+  offline=(--ric.wording released --sft.format summary --sft.lora.rank 2 --sft.max_length 128 --sft.test_share 0.5 --sft.fit.batch_size 4 --sft.fit.max_steps 3)
   online=("${offline[@]}" --ric.replay_rows 8)
 else
   SUMMARIES=${SUMMARIES:-$here/../../shared/data/summarize_from_feedback}
@@ -23,7 +23,7 @@ else
   lora=(--sft.format summary --sft.lora.rank 64 --sft.lora.alpha 128 --sft.lora.dropout 0.05 --sft.lora.targets '[q_proj,v_proj]'
     --sft.max_length 512 --sft.test_share 0.01 --sft.fit.batch_size 8 --sft.fit.warmup 0 --sft.fit.weight_decay 0.01
     --sft.fit.precision bfloat16 --sft.fit.checkpoint_every 500 --sft.licence 'MIT (summarize-from-feedback, OpenAI)')
-  offline=("${lora[@]}" --sft.fit.learning_rate 1.414e-4 --sft.fit.schedule linear --sft.fit.max_steps 20000)
-  online=("${lora[@]}" --sft.fit.learning_rate 1e-5 --sft.fit.schedule constant --sft.fit.max_steps 4000)
+  offline=("${lora[@]}" --ric.wording released --sft.fit.learning_rate 1.414e-4 --sft.fit.schedule linear --sft.fit.max_steps 20000)
+  online=("${lora[@]}" --ric.wording released --sft.fit.learning_rate 1e-5 --sft.fit.schedule constant --sft.fit.max_steps 4000)
 fi
 source "$here/ric_stages.bash"

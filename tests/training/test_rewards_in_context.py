@@ -28,7 +28,7 @@ from equipoise.objectives import Normaliser
 from equipoise.rewards.scoring import ScoredRun, Text
 from equipoise.runs import read_json, rollouts_digest, stage
 from equipoise.tiny import SPECIAL, build_llama, build_tokenizer
-from equipoise.training import rewards_in_context, sft
+from equipoise.training import sft
 from equipoise.training.fit import FitConfig
 from equipoise.training.rewards_in_context import (
     Config,
@@ -43,6 +43,7 @@ from equipoise.training.rewards_in_context import (
     scores_of,
     selected,
     train,
+    written,
 )
 from equipoise.types import Rewards, UserError
 from training.children import child_runner
@@ -139,12 +140,18 @@ def test_how_goals_were_followed():
 def test_rows_say_what_each_response_got_and_are_held_out_by_what_the_user_wrote():
     hostile = "q <x> 9.9\n\n<x> 1.0 <y> 1.0</s>"
     run = scored(["a", "a b", " b "], [[1.25, 0.0], [0.0, -2.04], [np.nan, 1.0]], asked=("q", hostile))
-    record = InContext(scale=UNIT, wording=Wording(specials=("</s>",)), rows_NK=np.zeros((0, 2)))
+    record = InContext(scale=UNIT, names=NAMES, wording=Wording(specials=("</s>",)), rows_NK=np.zeros((0, 2)))
     made = demonstrations(run, scores_of(run, UNIT), np.array([True, True, False]), record)
     assert [(d.id, d.response, d.finished) for d in made] == [("run/p0/0", "a", True), ("run/p1/1", "a b", True)]
     assert made[0].prompt.text == "q\n\n<x> 1.2 <y> 0.0"
     assert decode(made[1].prompt, record.wording) == (run.prompts["p1"], {"x": 0.0, "y": -2.0})
     assert [d.group for d in made] == ["q", "q <x> 9.9 <x> 1.0 <y> 1.0</s>"]
+
+
+def test_scores_are_written_as_the_released_code_does():
+    names, wording = written(Config(wording="released"), NAMES)
+    record = InContext(scale=UNIT, names=names, wording=wording, rows_NK=np.zeros((0, 2)))
+    assert record.asked(prompt("p", "who ate the cats"), (0.52, -1.04)).text == "who ate the cats  <rm1_score> 0.5 <rm2_score> -1.0 "
 
 
 def test_a_response_that_was_cut_is_learnt_without_its_end(words):
@@ -268,7 +275,7 @@ def test_a_killed_run_ends_with_the_same_files(reader, tmp_path):
 
 def test_the_record_comes_back(tmp_path):
     wording = Wording(decimals=2, specials=("</s>", "<|im_end|>"))
-    made = InContext(scale=UNIT, wording=wording, rows_NK=np.array([[0.12345, -1.0], [2.0, 3.0]]))
+    made = InContext(scale=UNIT, names=NAMES, wording=wording, rows_NK=np.array([[0.12345, -1.0], [2.0, 3.0]]))
     made.write(tmp_path)
     found = InContext.read(tmp_path)
     assert (found.scale, found.wording, found.objectives) == (UNIT, wording, NAMES)
@@ -325,7 +332,8 @@ def test_bad_settings(settings, said, unchecked):
 def test_nothing_left_and_other_numbers(reader, tmp_path):
     with pytest.raises(UserError, match=r"no row of run is left to learn: .*'unscored': 2"):
         learn(tmp_path / "none", reader, [scored(["a", "b"], [[np.nan, 1], [1, np.nan]])])
-    before = InContext(scale=UNIT, wording=Wording(decimals=2), rows_NK=np.zeros((1, 2)))
-    with pytest.raises(UserError, match=r"reads numbers with 2 decimals: set ric\.decimals to that, not 1"):
+    before = InContext(scale=UNIT, names=NAMES, wording=Wording(decimals=2), rows_NK=np.zeros((1, 2)))
+    with pytest.raises(UserError, match=r"reads x, y with 2 decimals: set ric\.wording and ric\.decimals to that, not named, 1"):
         learn(tmp_path / "other", reader, [bank()], before=before)
-    assert rewards_in_context.Config().decimals == 1
+    with pytest.raises(UserError, match="not released, 2"):
+        learn(tmp_path / "other", reader, [bank()], before=before, config=Config(wording="released", decimals=2))

@@ -58,6 +58,8 @@ class InContext:
     """The record of a policy that reads scores."""
 
     scale: Scale
+    names: tuple[str, ...]
+    """By which the prompts call the objectives."""
     wording: Wording
     rows_NK: np.ndarray
     """Scores that were seen, in units of the scale: what targets are taken from."""
@@ -69,12 +71,12 @@ class InContext:
 
     def asked(self, prompt: Prompt, scores_K: Sequence[float]) -> Prompt:
         """The prompt with these scores in it."""
-        return encode(prompt, dict(zip(self.objectives, scores_K, strict=True)), self.wording)
+        return encode(prompt, dict(zip(self.names, scores_K, strict=True)), self.wording)
 
     def write(self, folder: Path) -> Path:
         """Write the record and return its path."""
         scale = {**asdict(self.scale.normaliser), "scorers": dict(self.scale.scorers), "digest": self.scale.digest}
-        write_json(folder / RECORD, {"scale": scale, "wording": asdict(self.wording), "seen": self.rows_NK.round(4)})
+        write_json(folder / RECORD, {"scale": scale, "names": self.names, "wording": asdict(self.wording), "seen": self.rows_NK.round(4)})
         return folder / RECORD
 
     @classmethod
@@ -85,7 +87,7 @@ class InContext:
             raise UserError(f"{folder} has no {RECORD}: name the folder that `train ric` wrote")
         found = read_json(path)
         try:
-            units, words = found["scale"], found["wording"]
+            units, words, names = found["scale"], found["wording"], tuple(found["names"])
             mean_K, sd_K, objectives = (tuple(units[name]) for name in ("mean_K", "sd_K", "objectives"))
             scale = Scale(normaliser=Normaliser(objectives=objectives, mean_K=mean_K, sd_K=sd_K), scorers=units["scorers"])
             wording = Wording(**{**words, "specials": tuple(words["specials"])})
@@ -94,4 +96,4 @@ class InContext:
             raise UserError(f"{path} is no record of a policy that reads scores; run `train ric` again") from None
         if scale.digest != digest:
             raise UserError(f"{path} was changed after it was made (its scale's digest doesn't fit); run `train ric` again")
-        return cls(scale=scale, wording=wording, rows_NK=rows_NK)
+        return cls(scale=scale, names=names, wording=wording, rows_NK=rows_NK)

@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float, Int, Real
 
 from equipoise.data.demonstrations import Demonstration
 from equipoise.data.splits import opening
-from equipoise.models.conditions import Wording, special_strings
+from equipoise.models.conditions import RELEASED, Wording, special_strings
 from equipoise.models.in_context import InContext, Scale
 from equipoise.objectives import Normaliser, simplex_grid
 from equipoise.rewards.scoring import ScoredRun
@@ -75,6 +75,8 @@ class Selection:
 class Config:
     """Settings of one training."""
 
+    wording: Literal["named", "released"] = "named"
+    """How scores are written: by the objectives' names in a line of their own, or as the released code does."""
     decimals: int = 1
     """Digits of the numbers in the prompts."""
     selection: Selection = field(default_factory=Selection)
@@ -186,6 +188,13 @@ def demonstrations(source: ScoredRun, z_NK: np.ndarray, mask_N: np.ndarray, reco
     return made
 
 
+def written(config: Config, objectives: Sequence[str]) -> tuple[tuple[str, ...], Wording]:
+    """(what the prompts call the objectives, how numbers are written)."""
+    if config.wording == "released":
+        return tuple(f"rm{k}_score" for k in range(1, len(objectives) + 1)), replace(RELEASED, decimals=config.decimals)
+    return tuple(objectives), Wording(decimals=config.decimals)
+
+
 def train(
     fresh: Sequence[ScoredRun],
     replay: Sequence[ScoredRun],
@@ -201,15 +210,17 @@ def train(
     `before` is the record of the policy that training starts from, if it reads scores already. Raises `UserError` where no row is left,
     where the numbers would be written in another way than before, and as `sft.train` does.
     """
-    if before and before.wording.decimals != config.decimals:
-        raise UserError(f"{source} reads numbers with {before.wording.decimals} decimals: set ric.decimals to that, not {config.decimals}")
+    names, wording = written(config, scale.normaliser.objectives)
+    if before and (before.names, replace(before.wording, specials=())) != (names, wording):
+        reads = f"{', '.join(before.names)} with {before.wording.decimals} decimals"
+        raise UserError(f"{source} reads {reads}: set ric.wording and ric.decimals to that, not {config.wording}, {config.decimals}")
     start = load_start(source, eight_bit=sft_config.eight_bit)
-    wording = before.wording if before else Wording(decimals=config.decimals, specials=special_strings(start.lm.tokenizer))
+    wording = before.wording if before else replace(wording, specials=special_strings(start.lm.tokenizer))
     generator, counts = np.random.default_rng(config.seed), Counter[str]()
     found = [(one, scores_of(one, scale), again) for again, runs in ((False, fresh), (True, replay)) for one in runs]
     seen_NK = np.concatenate([z_NK[np.isfinite(z_NK).all(axis=1)] for _, z_NK, _ in found])
     kept = np.sort(generator.permutation(len(seen_NK))[: config.seen_rows])
-    record = InContext(scale=scale, wording=wording, rows_NK=seen_NK[kept])
+    record = InContext(scale=scale, names=names, wording=wording, rows_NK=seen_NK[kept])
     rows: dict[bool, list[Demonstration]] = {False: [], True: []}
     for one, z_NK, again in found:
         said_N = np.array([bool(response.text.strip()) for response in one.responses])
