@@ -25,10 +25,10 @@ else
   run() { equipoise "$@"; }
 fi
 
-# A model of the Hub in the folder $1, with the template of Safe RLHF's conversations, which its tokenizer doesn't bring.
+# The model $2 of the Hub in the folder $1, with the template $3 (Safe RLHF's conversations), which its tokenizer doesn't bring.
 fetch() {
   if [ -z "$list" ] && [ ! -e "$1/chat_template.jinja" ]; then
     hf download "$2" --local-dir "$1"
-    cp "$here/beaver.jinja" "$1/chat_template.jinja"
+    cp "$here/${3:-beaver.jinja}" "$1/chat_template.jinja"
   fi
 }

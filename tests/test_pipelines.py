@@ -30,6 +30,8 @@ METHODS = {
     "sipo_beavertails": {"MOD", "SIPO", "soup", "SIPO-soup"},
     "sipo_smollm2": {"MOD", "SIPO"},
     "decoding": {"single-pass", "prefix", "value model", "contrast of prompts", "ARGS", "rejection", "single-pass best-of-4"},
+    "ric_hh": {"RiC", "RiC-released", "offline"},
+    "ric_summary": {"RiC", "RiC-released", "offline"},
 }
 TABLE = {"sipo_smollm2": "sipo/compare", "decoding": "decoding"}
 """Where the table is, of those that can share a folder with another pipeline."""

@@ -47,6 +47,7 @@ COMMANDS = {
         "a policy on pairs of its own responses, at any weights (online DPO)",
     ),
     "train sft": ("equipoise.stages.sft", "TrainSFT", "train_sft", "a model learns responses"),
+    "train ric": ("equipoise.stages.in_context", "TrainRiC", "train_ric", "a model that is told the scores it should get (RiC)"),
     "train autoregressive": (
         "equipoise.stages.preferences",
         "TrainAutoregressive",

@@ -19,6 +19,10 @@ class Demonstration:
     id: str
     prompt: Prompt
     response: str
+    finished: bool = True
+    """Whether the response ended by itself; one that was cut at a cap is learnt without the token that ends a turn."""
+    group: str = ""
+    """What is held out together, where it isn't how the conversation begins."""
 
 
 def load_demonstrations(places: Sequence[str], dropped: Counter[str]) -> list[Demonstration]:

@@ -30,6 +30,25 @@ class Text:
     text: str
 
 
+@dataclass(frozen=True)
+class ScoredRun:
+    """The responses of a folder with their scores."""
+
+    folder: Path
+    prompts: Mapping[str, Prompt]
+    responses: Sequence[Response]
+    rewards: Rewards
+    scorers: Mapping[str, str]
+    """What identifies each objective's scorer, weights included."""
+
+    def reward_of(self, objectives: Sequence[str]) -> np.ndarray:
+        """The scores in this order of objectives, [N, K]. Raises `UserError` where one isn't scored."""
+        for name in objectives:
+            if name not in self.rewards.objectives:
+                raise UserError(f"{self.folder} has no scores for {name!r}: score it on {', '.join(objectives)}")
+        return self.rewards.reward_NK[:, [self.rewards.objectives.index(name) for name in objectives]]
+
+
 def score(rewards: Sequence[Reward], prompts: Mapping[str, Prompt], rollouts: Sequence[Response]) -> np.ndarray:
     """reward_NK of the rollouts. Raises `UserError` naming a scorer that failed and on which rollout."""
     asked, texts = [prompts[r.prompt_id] for r in rollouts], [r.text for r in rollouts]

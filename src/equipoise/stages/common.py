@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from equipoise.progress import say
 from equipoise.runs import file_digest, manifest_of, recorded
-from equipoise.types import Pair, Prompt, UserError
+from equipoise.types import Pair, Prompt, Response, UserError
 
 if TYPE_CHECKING:
     from equipoise.models.loading import LanguageModel
-    from equipoise.rewards.scoring import Text
+    from equipoise.rewards.scoring import ScoredRun, Text
 
 _LOADED: dict[str, Any] = {}
 
@@ -62,6 +62,30 @@ def prompts_of_run(folder: Path, command: str) -> list[Prompt]:
     if file_digest(path) != record["parents"].get("prompts"):
         raise UserError(f"{path} has changed since {folder} was made from it; put it back or run `{command}` again in another folder")
     return prompts_of(config["prompts"], config["split"], config["limit"])
+
+
+def scored_run(folder: Path) -> ScoredRun:
+    """A folder that `score` scored: sampled responses, or those of the pairs that it names. Raises `UserError` where texts have changed."""
+    from equipoise.rewards.normalisation import scorers_of
+    from equipoise.rewards.scoring import ScoredRun, read_rewards
+    from equipoise.rollouts import read_rollouts
+
+    scorers = scorers_of(folder / "rewards")
+    responses: Sequence[Response]
+    pairs = manifest_of(folder / "rewards", "score")["config"].get("pairs", [])
+    if pairs:
+        prompts, responses = texts_of_pairs(pairs)
+    else:
+        prompts, responses = {p.id: p for p in prompts_of_run(folder, "sample")}, read_rollouts(folder / "rollouts")
+    return ScoredRun(folder, prompts, responses, read_rewards(folder / "rewards", responses), scorers)
+
+
+def texts_of_pairs(sources: Sequence[str]) -> tuple[dict[str, Prompt], list[Text]]:
+    """The prompts by id, and every response of these pairs once."""
+    from equipoise.data.labelled import load_labelled
+    from equipoise.data.prompts import distinct_texts
+
+    return to_score(distinct_texts((p.prompt, p.responses) for p in load_labelled(sources).pairs))
 
 
 def load_pairs(sources: Sequence[str], objective: str, dropped: Counter[str] | None = None, ids: str = "") -> list[Pair]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equipoise.progress import say
+from equipoise.stages import common
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,19 +14,17 @@ class Normalise:
     """Freeze the statistics of a scored run's rewards."""
 
     run: Path
-    """A `sample` folder that was scored: the reference set."""
+    """A folder that was scored: the reference set."""
     out: Path
     """JSON file to write."""
 
 
 def normalise(config: Normalise) -> Path:
     """Write the statistics and return the file's path."""
-    from equipoise.rewards.normalisation import Statistics, scorers_of
-    from equipoise.rewards.scoring import read_rewards
-    from equipoise.rollouts import read_rollouts
+    from equipoise.rewards.normalisation import Statistics
 
-    scorers = scorers_of(config.run / "rewards")
-    found = Statistics.fit(read_rewards(config.run / "rewards", read_rollouts(config.run / "rollouts")), scorers)
+    run = common.scored_run(config.run)
+    found = Statistics.fit(run.rewards, run.scorers)
     found.write(config.out)
     for k, name in enumerate(found.objectives):
         low, *_, high = found.quantile_KQ[k]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from equipoise.models.engines import Calls
 from equipoise.models.generation import Sampling
@@ -41,6 +41,8 @@ class Sample(Steer):
     """How a response is chosen among proposals."""
     weights: str = ""
     """Point of the simplex, as helpful=0.7,harmless=0.3, or 0.7,,0.3 in the objectives' order: an empty place weighs nothing."""
+    goals: Literal["", "released", "simplex"] = ""
+    """in_context without weights: scores that each response is asked for, drawn as RiC's code does (released), or along the simplex."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 
@@ -65,6 +67,8 @@ def sample(config: Sample) -> Path:
             return config.out
         lm = common.model_of(config.model, config.trust_remote_code)
         requests = make_requests(prompts, config.samples, config.seed, steering.weights if steering else None)
+        if steering and steering.way.goal:
+            requests = [replace(request, weights=steering.way.goal(request)) for request in requests]
         sampler = sampler_of(lm, settings, steering)
         with bar(f"sampling {len(prompts)} prompts x {config.samples}", len(requests)) as advance:
             rollouts = collect(sampler, requests, run.folder / "rollouts", SHARD_BATCHES * config.sampling.batch_size, advance)
@@ -76,10 +80,12 @@ def sample(config: Sample) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Score sampled responses on every objective."""
+    """Score sampled responses, or those of pairs, on every objective."""
 
     run: Path
-    """A `sample` folder; scores go into its `rewards` folder."""
+    """A `sample` folder, or a new one for pairs; scores go into its `rewards` folder."""
+    pairs: tuple[str, ...] = ()
+    """Sources of pairs, such as hh:FILE, whose responses are scored in place of sampled ones."""
     rewards: tuple[str, ...] = ("helpful", "harmless")
     """Scorers by name (`rewards/__init__.py` lists them); objective=SCORER renames one."""
     model: str = "smollm2"
@@ -100,6 +106,13 @@ def score(config: Score) -> Path:
     """Score and return the folder of the scores."""
     from equipoise.rollouts import read_rollouts
 
+    if config.pairs:
+        from equipoise.data.labelled import source_files
+
+        if (config.run / "rollouts").exists():
+            raise UserError(f"{config.run} holds sampled responses: score pairs in another folder")
+        prompts, texts = common.texts_of_pairs(config.pairs)
+        return score_responses(texts, prompts, config, common.settings_of(config), source_files(config.pairs))
     rollouts = read_rollouts(config.run / "rollouts")
     prompts = {p.id: p for p in common.prompts_of_run(config.run, "sample")}
     return score_responses(rollouts, prompts, config, common.settings_of(config), {"rollouts": config.run / "manifest.json"})

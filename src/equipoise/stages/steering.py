@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from equipoise.runs import read_json
 from equipoise.stages import common
-from equipoise.types import Sampler, UserError
+from equipoise.types import Prompt, Request, Sampler, UserError
 
 if TYPE_CHECKING:
+    from equipoise.models.companions import Voice
     from equipoise.models.generation import Guide
     from equipoise.models.loading import LanguageModel
     from equipoise.objectives import Normaliser
@@ -53,6 +54,14 @@ class Steer:
     """Adapters whose weighted sum to sample from instead, as [helpful=FOLDER,harmless=FOLDER]."""
     policy: str = ""
     """A tuned policy to sample instead, priced against the model: a folder or Hub id; weights only if it reads them."""
+    in_context: str = ""
+    """A policy that reads scores in its prompt, to be asked for those of the weights instead: a `train ric` folder."""
+    targets: str = "joint"
+    """in_context: how weights become scores: joint, linear, linf or lp:P."""
+    span: str = "quantiles"
+    """in_context, but for joint: between which scores: quantiles or extremes of what was seen, or released."""
+    share: float = 0.1
+    """in_context: a target is the mean of such a share of what was seen; 0 for targets that may be out of reach."""
     messages: tuple[str, ...] = ()
     """System messages to steer with instead, as [helpful=FOR,harmless=FOR|AGAINST]."""
     beta: float = 1.0
@@ -71,6 +80,8 @@ class Way:
     """Made for the policy, once it is loaded; None where only the choice among its responses steers."""
     fixed: tuple[float, ...] | None = None
     """The weights that a policy was trained at, all that it can be steered by; None where a request brings its own."""
+    goal: Callable[[Request], tuple[float, ...]] | None = None
+    """Where a request brings scores of its own in place of weights: draws them, by its seed."""
     reference_measures: bool = False
     """Whether the reference's forward only measures the KL and names the candidates: the method itself can do without it."""
 
@@ -104,7 +115,8 @@ def weighted_way(sampled: Settings) -> Way | None:
     fixed = way is not None and way.fixed is not None
     if way and way.fixed is not None and sampled["weights"]:
         said = f"was trained at {weight_label(way.objectives, way.fixed)}" if way.fixed else "has no weights of its own"
-        raise UserError(f"the policy {sampled['policy']} {said} and takes none: leave weights away")
+        what = "a policy that is asked for goals" if way.goal else f"the policy {sampled['policy']}"
+        raise UserError(f"{what} {said} and takes none: leave weights away")
     if bool(way) != bool(sampled["weights"]) and not fixed:
         raise UserError(f"steering needs both weights and one of {', '.join(_WAYS)}; sampling the reference needs neither")
     return way
@@ -112,6 +124,8 @@ def weighted_way(sampled: Settings) -> Way | None:
 
 def way_of(sampled: Settings) -> Way | None:
     """The way to steer that the settings name, None where they name none. Raises `UserError` for two at once."""
+    from equipoise.stages.choosing import choice_of
+
     asked = [name for name in _WAYS if sampled.get(name)]
     if len(asked) > 1:
         raise UserError(f"steering goes one way at a time, got {' and '.join(asked)}")
@@ -119,6 +133,8 @@ def way_of(sampled: Settings) -> Way | None:
         readers = _READ_BY.get(f.name, ())
         if readers and not set(asked) & set(readers) and sampled.get(f.name, f.default) != f.default:
             raise UserError(f"{f.name}={sampled[f.name]} is read beside {' or '.join(readers)} alone: leave it away")
+    if sampled.get("goals") and (asked != ["in_context"] or choice_of(sampled)):
+        raise UserError("goals are for a policy that reads scores alone: set in_context, and no choice among its responses")
     return _chosen(sampled, _WAYS[asked[0]](sampled) if asked else None)
 
 
@@ -293,7 +309,7 @@ def _by_policy(sampled: Settings) -> Way:
     from equipoise.models.companions import Voice
     from equipoise.models.conditions import weights_in_prompt
     from equipoise.models.loading import ADAPTER_CONFIG, WEIGHTED
-    from equipoise.models.weighted_lora import load_weighted, read_header, route_adapters
+    from equipoise.models.weighted_lora import load_weighted, read_header
 
     name, folder = sampled["policy"], Path(sampled["policy"]).expanduser()
     kind = read_json(folder / ADAPTER_CONFIG).get("peft_type") if (folder / ADAPTER_CONFIG).is_file() else None
@@ -308,13 +324,27 @@ def _by_policy(sampled: Settings) -> Way:
 
     def guide(lm: LanguageModel) -> Guide:
         asked = weights_in_prompt(lm.tokenizer, objectives) if weights is None else None
-        if kind:  # on the policy's own weights, which it shares
-            voice = Voice(lm=route_adapters(lm, {"policy": folder}), condition=(1.0,), asked=asked)
-        else:
-            voice = Voice(lm=common.model_of(name, sampled["trust_remote_code"]), asked=asked)
-        return tuned_guide(lm, voice, objectives)
+        return tuned_guide(lm, tuned_voice(lm, name, sampled, asked), objectives)
 
     return Way(objectives=objectives, parents=parents_of({"policy": name}), guide=guide, fixed=weights, reference_measures=True)
+
+
+def tuned_voice(lm: LanguageModel, name: str, sampled: Settings, asked: Callable[[Request], Prompt] | None = None) -> Voice:
+    """A tuned policy: an adapter's folder, which shares the model's own weights, or another model; with prompts of its own, perhaps."""
+    from equipoise.models.companions import Voice
+    from equipoise.models.loading import ADAPTER_CONFIG
+    from equipoise.models.weighted_lora import route_adapters
+
+    folder = Path(name).expanduser()
+    if (folder / ADAPTER_CONFIG).is_file():
+        return Voice(lm=route_adapters(lm, {"policy": folder}), asked=asked, condition=(1.0,))
+    return Voice(lm=common.model_of(name, sampled["trust_remote_code"]), asked=asked)
+
+
+def _by_context(sampled: Settings) -> Way:
+    from equipoise.stages.in_context import context_way  # it stands on this module
+
+    return context_way(sampled)
 
 
 def _trained_at(folder: Path) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
@@ -357,6 +387,9 @@ _READ_BY = {
     "divergence": ("mixing",),
     "scope": ("mixing",),
     "beta": ("values", "guides", "scorers", "messages"),
+    "targets": ("in_context",),
+    "span": ("in_context",),
+    "share": ("in_context",),
 }
 """Settings that some ways alone read."""
 
@@ -368,4 +401,5 @@ _WAYS = {
     "messages": _by_messages,
     "soup": _by_soup,
     "policy": _by_policy,
+    "in_context": _by_context,
 }

@@ -102,7 +102,7 @@ def rows_of(tokenizer: Any, example: Demonstration, limit: int, turns: Turns = "
     A template may write an answer differently once the conversation goes on, or the whole may be longer than `limit`; a turn that
     isn't found in the whole conversation as it would be sampled is a row of its own.
     """
-    whole = completions_of(tokenizer, example.prompt, (example.response,), limit)
+    whole = completions_of(tokenizer, example.prompt, (example.response,), limit, finished=(example.finished,))
     ids, begin = whole.prompt + whole.responses[0], len(whole.prompt)
     learnt = [at >= begin for at in range(len(ids))]
     rows: list[Row] = []
@@ -160,13 +160,13 @@ class Prepared:
 
 def prepare(examples: Sequence[Demonstration], tokenizer: Any, limit: int, config: Config) -> Prepared:
     """Token ids and the split by how a conversation begins. Raises `UserError` for examples that are too few."""
-    prompt_N = np.array([opening(example.prompt) for example in examples])
+    prompt_N = np.array([example.group or opening(example.prompt) for example in examples])
     held_N = held_out_rows(prompt_N, config.test_share, config.seed)
     if held_N.all() or not held_N.any():
         raise UserError(f"{len(examples)} examples are too few to hold {config.test_share:g} of their prompts out: give more")
     known, away = ([example for example, held in zip(examples, held_N, strict=True) if held == side] for side in (False, True))
     rows = [row for example in known for row in rows_of(tokenizer, example, limit, config.turns)]
-    held = [completions_of(tokenizer, example.prompt, (example.response,), limit) for example in away]
+    held = [completions_of(tokenizer, example.prompt, (example.response,), limit, finished=(example.finished,)) for example in away]
     cut = sum(row.completions.cut for row in rows) + sum(row.cut for row in held)
     full = sum(len(prompt_ids(tokenizer, example.prompt)) >= limit for example in examples) if cut else 0
     if cut:
@@ -174,13 +174,13 @@ def prepare(examples: Sequence[Demonstration], tokenizer: Any, limit: int, confi
     return Prepared(rows, held, [example.id for example in away], prompt_N[held_N], {"cut": cut, "full": full})
 
 
-def train(examples: Sequence[Demonstration], source: str, config: Config, run: Manifest) -> Path:
+def train(examples: Sequence[Demonstration], source: str, config: Config, run: Manifest, start: Start | None = None) -> Path:
     """Train on most prompts, save, and say how likely the held-out responses are before and after; returns the folder.
 
-    Raises `UserError` for examples that are too few, posts of several turns, and 8 bits without bitsandbytes.
+    `start` is the source where it is loaded already. Raises `UserError` for examples that are too few, posts of several turns, and 8
+    bits without bitsandbytes.
     """
-
-    start = load_start(source, eight_bit=config.eight_bit)
+    start = start or load_start(source, eight_bit=config.eight_bit)
     if config.format == "summary":
         examples = [_summary(example) for example in examples]
         start.lm.tokenizer.chat_template = summary_template(start.lm.tokenizer)
