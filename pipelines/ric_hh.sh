@@ -13,8 +13,8 @@
 source "$(dirname "$0")/common.sh"
 if [ -n "$tiny" ]; then
   run tiny --out "$out/tiny"
-  base=$out/tiny/model pairs=hh:$out/tiny/hh.jsonl asked=hh:$out/tiny/hh.jsonl held=hh:$out/tiny/hh.jsonl rewards='[harmless=readable,helpful=long]'
-  rounds=(--limit 20) points=(--limit 6 --steps 2 --n_boot 50 --examples 1) drawn=(--sampling.max_new_tokens 16)
+  base=$out/tiny/model pairs=hh:$out/tiny/hh.jsonl asked=hh:$out/tiny/hh.jsonl held=hh:$out/tiny/hh.jsonl
+  rewards='[harmless=readable,helpful=long]' rounds=(--limit 20) points=(--limit 6 --steps 2 --n_boot 50 --examples 1) drawn=(--sampling.max_new_tokens 16)
   offline=(--ric.wording released --sft.lora.rank 2 --sft.max_length 128 --sft.test_share 0.5 --sft.fit.batch_size 4 --sft.fit.max_steps 3)
   online=("${offline[@]}" --ric.replay_rows 8)
 else

@@ -73,6 +73,7 @@ def test_what_is_written_is_read_back_exactly_and_holds_nothing_guarded(asked, v
         assert guard.lower() not in text.lower()
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="abc <>\\\n.é", max_size=30))
 def test_a_text_without_guarded_strings_stays_as_it_is(text):
     written = encode(prompt("p", text), {"helpful": 0.5, "harmless": -1.0}, Wording(specials=("</s>",)))
