@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import prompt
 from equipoise.runs import read_json
@@ -217,15 +218,21 @@ def test_a_reward_that_fails_pauses_the_run_and_it_goes_on_with_the_same_losses(
 
 
 def test_a_kl_over_its_bound_stops_the_run_and_leaves_the_last_good_policy(tmp_path):
-    wild = replace(FEW, rounds=6, max_kl=0.15, fit=replace(FIT, learning_rate=0.02, warmup=0.0))
-    run = make_rounds(by_ppo(), wild, tmp_path)
-    with pytest.raises(UserError, match=r"stopped in round (\d) of 6: KL is \S+ nats per response, over max_kl 0.15: lower fit") as caught:
-        run.run()
-    assert "Traceback" not in str(caught.value)
-    stopped = len((tmp_path / "log.jsonl").read_text().splitlines())
-    if stopped > 1:
-        assert str(caught.value).endswith(f"the last good policy is in {tmp_path / 'last_good' / 'model'}")
-        assert (tmp_path / "last_good" / "model" / "model.safetensors").exists()
+    """With a bound between the KL of the third and the fourth round, what is left is the policy that the third one sampled."""
+    steady = replace(FEW, samples=40, rounds=4, fit=replace(FIT, learning_rate=0.003, warmup=0.0, schedule="constant"))
+    kl = [record["kl_exact"] for record in make_rounds(by_ppo(), steady, tmp_path / "free").run()]
+    assert kl == sorted(kl)
+    bounded = make_rounds(by_ppo(), replace(steady, max_kl=(kl[2] + kl[3]) / 2), tmp_path / "bounded")
+    says = r"stopped in round 4 of 4: KL is \S+ nats per response, over max_kl \S+: lower fit.learning_rate.*; the last good policy"
+    with pytest.raises(UserError, match=says):
+        bounded.run()
+    assert len((tmp_path / "bounded" / "log.jsonl").read_text().splitlines()) == 3
+    assert read_json(tmp_path / "bounded" / "last_good" / "card.json")["weights"] == [0.3, 0.7]
+    short = make_rounds(by_ppo(), replace(steady, rounds=2), tmp_path / "short")
+    short.run()
+    good = load_file(tmp_path / "bounded" / "last_good" / "model" / "model.safetensors")
+    for name, parameter in short.learner.model.state_dict().items():
+        assert torch.equal(good[name], parameter), name
 
 
 def test_a_loss_that_is_no_number_stops_it_too(tmp_path):

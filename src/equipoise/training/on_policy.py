@@ -216,6 +216,12 @@ def summary(history: Sequence[Mapping[str, float]]) -> Record:
     return found | {"grad_norm": max(entry["grad_norm"] for entry in history), "learning_rate": history[-1]["learning_rate"]}
 
 
+def trained_at(objectives: Sequence[str], config: Config) -> Record:
+    """What a card says of the trade-off, by which the policy is served."""
+    said = {"weights": parse_weights(config.weights, objectives)} if config.weights else {"reads": config.reading}
+    return {"objectives": tuple(objectives), **said}
+
+
 def _mean(value_N: np.ndarray) -> float:
     found = value_N[np.isfinite(value_N)]
     return float(found.mean()) if len(found) else math.nan
@@ -347,7 +353,9 @@ class Rounds:
         if good is None or not good.is_dir():  # the reference is all there was
             return said
         restore(self.learner.trained, self._fit, good)
-        return f"{said}; the last good policy is in {self.learner.save(self.out / 'last_good')[0]}"
+        kept = self.out / "last_good"
+        write_json(kept / "card.json", {"method": self.method.title, **trained_at(self.learner.objectives, self.config)})
+        return f"{said}; the last good policy is in {self.learner.save(kept)[0]}"
 
     def _line(self, record: Record, seconds: float) -> str:
         """A round in a line."""
@@ -388,8 +396,7 @@ def train(
     about = {"base": start.base.name, "weights_key": start.weights}
     records = Rounds(learner, prompts, rewards, scale, sampler_of(learner), method, config, run.folder).run()
     folders = learner.save(run.folder)
-    card: dict[str, Any] = {"method": method.title, "objectives": objectives, "model": source, "beta": config.beta, **about}
-    card |= {"weights": parse_weights(config.weights, objectives)} if config.weights else {"reads": config.reading}
+    card: dict[str, Any] = {"method": method.title, "model": source, "beta": config.beta, **trained_at(objectives, config), **about}
     card |= {"trained_parameters": sum(p.numel() for p in learner.trained.parameters() if p.requires_grad)}
     card |= {"responses": config.rounds * config.prompts * config.samples, "last_round": records[-1]}
     run.outputs += [run.folder / "log.jsonl", *sorted((run.folder / "rounds").rglob("*.*"))]
