@@ -17,8 +17,8 @@ from equipoise.rewards.scoring import ScoredRun
 from equipoise.runs import manifest_of, read_json, stage
 from equipoise.stages import common
 from equipoise.stages.preferences import parents_of, trained_folder
-from equipoise.stages.steering import Settings, Way, tuned_voice
-from equipoise.stages.steering import parents_of as models_of
+from equipoise.stages.ways import Settings, Way, tuned_voice
+from equipoise.stages.ways import parents_of as models_of
 from equipoise.training import rewards_in_context as ric
 from equipoise.training import sft
 from equipoise.types import Prompt, Request, UserError

@@ -19,7 +19,8 @@ from equipoise.models.generation import Sampling
 from equipoise.progress import bar, say
 from equipoise.runs import manifest_of, stage
 from equipoise.stages import common
-from equipoise.stages.steering import Steer, Steering, Way, sampler_of, way_of
+from equipoise.stages.steering import Steer, Steering, sampler_of, way_of
+from equipoise.stages.ways import Way
 from equipoise.types import LabelledPair, Prompt, Request, Rollout, Sampler, UserError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from equipoise.progress import bar, say
 from equipoise.runs import EXECUTION, manifest_of, read_json, stage, write_json, write_text
 from equipoise.stages import common
 from equipoise.stages.sipo import PAIRS_FILE, candidates_of, pairs_of
-from equipoise.stages.steering import named, parents_of
+from equipoise.stages.ways import named, parents_of
 from equipoise.types import LabelledPair, UserError
 
 if TYPE_CHECKING:

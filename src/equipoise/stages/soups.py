@@ -12,7 +12,7 @@ from typing import Literal
 from equipoise.progress import bar, say
 from equipoise.runs import read_json, stage, write_json
 from equipoise.stages import common
-from equipoise.stages.steering import named
+from equipoise.stages.ways import named
 from equipoise.types import UserError
 
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from equipoise.forests.labelling import Labels
     from equipoise.forests.records import Forest
     from equipoise.objectives import Normaliser
-    from equipoise.stages.steering import Way
+    from equipoise.stages.ways import Way
 
 MIXED = "mixed"
 
@@ -181,7 +181,7 @@ def label(config: Label) -> Path:
     from equipoise.objectives import Normaliser
     from equipoise.rewards.scoring import read_rewards
     from equipoise.stages.sampling import Score, score_responses
-    from equipoise.stages.steering import value_scale
+    from equipoise.stages.ways import value_scale
 
     grown, forest, prompts = grown_in(config.trees)
     score = Score(run=config.trees, rewards=config.rewards, model=config.model, shard=config.shard, calls=config.calls, cache=config.cache)
