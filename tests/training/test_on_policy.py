@@ -219,7 +219,7 @@ def test_a_reward_that_fails_pauses_the_run_and_it_goes_on_with_the_same_losses(
 
 def test_a_kl_over_its_bound_stops_the_run_and_leaves_the_last_good_policy(tmp_path):
     """With a bound between the KL of the third and the fourth round, what is left is the policy that the third one sampled."""
-    steady = replace(FEW, samples=40, rounds=4, fit=replace(FIT, learning_rate=0.003, warmup=0.0, schedule="constant"))
+    steady = replace(FEW, samples=40, rounds=4, fit=replace(FIT, learning_rate=0.0003, warmup=0.0, schedule="constant"))
     kl = [record["kl_exact"] for record in make_rounds(by_ppo(), steady, tmp_path / "free").run()]
     assert kl == sorted(kl)
     bounded = make_rounds(by_ppo(), replace(steady, max_kl=(kl[2] + kl[3]) / 2), tmp_path / "bounded")
@@ -263,8 +263,15 @@ def test_a_loss_that_is_no_number_stops_it_too(tmp_path):
     assert all(torch.isfinite(p).all() for p in kept.values()), "as it was before the round"
 
 
+def reading_run(out: Path, rewards=None) -> Path:
+    """A short run of a policy whose parameters read the weights; returns its adapter."""
+    run = make_rounds(by_dpo(), replace(FEW, weights="", reads="parameters"), out, rewards)
+    run.run()
+    return run.learner.save(out)[0]
+
+
 def _child(out: str, model: str, dies_at: int) -> None:
-    """Train on; die in the `dies_at`-th look at a reward, or with minus that in a loss (0: live)."""
+    """Die in the `dies_at`-th look at a reward, or with minus that in a loss."""
     torch.set_num_threads(1)
     seen = {"rewards": 0, "losses": 0}
 
@@ -280,22 +287,18 @@ def _child(out: str, model: str, dies_at: int) -> None:
 
     losses = online_dpo.pair_losses
     online_dpo.pair_losses = lambda *given: (count("losses", -dies_at), losses(*given))[1]
-    config = replace(FEW, weights="", reads="parameters", rounds=4)
-    run = make_rounds(by_dpo(), config, Path(out), [Table("x"), Deadly("y")])
-    run.run()
-    for folder in run.learner.save(Path(out)):
-        assert folder.is_dir()
-    os._exit(0)
+    reading_run(Path(out), [Table("x"), Deadly("y")])
 
 
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path):
+    """In the second round's scores, and, going on from there, in the third round's second step."""
     run = child_runner(_child, tmp_path)
-    assert run(tmp_path / "whole", 0) == 0
-    for at in (2, -3, 1):  # in the second round's scores, in its second step, in the first scores of what is left
+    for at, rounds in ((2, 1), (-4, 2)):
         assert run(tmp_path / "killed", at) == -signal.SIGKILL
-    assert run(tmp_path / "killed", 0) == 0
-    for name in ("log.jsonl", "adapter/adapter_model.safetensors"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == rounds
+    whole, killed = reading_run(tmp_path / "whole"), reading_run(tmp_path / "killed")
+    for name in ("../log.jsonl", "adapter_model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 # --- bad input

@@ -18,7 +18,6 @@ ends with the bytes of an undisturbed one. The weights enter: the rewards, and t
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -197,10 +196,10 @@ def statistics(scored: Round, objectives: Sequence[str]) -> Record:
     unscored_K = np.isnan(scored.reward_PGK).sum(axis=(0, 1))
     return {
         "round": scored.number,
-        "reward": {name: _mean(scored.z_PGK[..., k]) for k, name in enumerate(objectives)},
-        "raw": {name: _mean(scored.reward_PGK[..., k]) for k, name in enumerate(objectives)},
+        "reward": {name: float(np.nanmean(scored.z_PGK[..., k])) for k, name in enumerate(objectives)},
+        "raw": {name: float(np.nanmean(scored.reward_PGK[..., k])) for k, name in enumerate(objectives)},
         "unscored": {name: int(unscored_K[k]) for k, name in enumerate(objectives)},
-        "scalar": _mean(scored.scalar_PG),
+        "scalar": float(np.nanmean(scored.scalar_PG)),
         "kl_exact": float(kl_N.mean()),
         "kl_exact_p95": float(np.quantile(kl_N, 0.95)),
         "entropy_per_token": float(-sum(sum(r.logprobs) for r in rollouts) / length_N.sum()),
@@ -220,11 +219,6 @@ def trained_at(objectives: Sequence[str], config: Config) -> Record:
     """What a card says of the trade-off, by which the policy is served."""
     said = {"weights": parse_weights(config.weights, objectives)} if config.weights else {"reads": config.reading}
     return {"objectives": tuple(objectives), **said}
-
-
-def _mean(value_N: np.ndarray) -> float:
-    found = value_N[np.isfinite(value_N)]
-    return float(found.mean()) if len(found) else math.nan
 
 
 def base_rows(learner: Learner, scored: Round) -> list[Row]:
