@@ -155,6 +155,19 @@ def test_an_attribute_doesnt_depend_on_the_others(seed, share, intercept):
     assert both.alpha_K[1] == alone.alpha_K[0]
 
 
+def test_labels_that_lack_in_validation_rows_alone():
+    """Two attributes with the same training rows and other validation rows: each is held out on its own."""
+    rng = np.random.default_rng(3)
+    x, y, validation = rng.standard_normal((40, 4)), rng.standard_normal((40, 2)), np.arange(40) % 4 == 0
+    y[[4, 8], 1] = np.nan
+    both = ridge(x, y, validation)
+    for k in range(2):
+        alone = ridge(x, y[:, k : k + 1], validation)
+        np.testing.assert_allclose(both.weight_KD[k], alone.weight_KD[0], rtol=1e-8)
+        np.testing.assert_allclose(both.mse_KA[k], alone.mse_KA[0], rtol=1e-8)
+        assert both.rows_K[k] == alone.rows_K[0]
+
+
 def test_rows_come_in_blocks(monkeypatch):
     x, y, validation = problem("blocks")
     whole = ridge(x, y, validation, intercept=True)

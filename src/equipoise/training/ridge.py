@@ -131,12 +131,13 @@ class PatternSums:
 
     def __init__(self, blocks: Blocks, labels: np.ndarray, fitted_N: np.ndarray, progress: Callable[[int], None] | None) -> None:
         self.blocks, self.labels, self.progress = blocks, labels, progress
-        given = ~np.isnan(labels) & fitted_N[:, None]
-        patterns, inverse = np.unique(given, axis=0, return_inverse=True)
-        whole, owner = np.unique(given, axis=1, return_inverse=True)
+        known = ~np.isnan(labels)
+        patterns, inverse = np.unique(known & fitted_N[:, None], axis=0, return_inverse=True)
+        # Attributes share a system where they have the same rows on both sides: what is held out is part of the choice.
+        whole, owner = np.unique(known, axis=1, return_inverse=True)
         self.label_sets = [tuple(np.flatnonzero(owner.ravel() == s).tolist()) for s in range(whole.shape[1])]
         if len(patterns) > 2 * len(self.label_sets) + 1:  # labels missing at random: each set of labels sums its own rows
-            self.patterns: dict[tuple[int, ...], np.ndarray] = {(s,): np.flatnonzero(whole[:, s]) for s in range(whole.shape[1])}
+            self.patterns: dict[tuple[int, ...], np.ndarray] = {(s,): np.flatnonzero(whole[:, s] & fitted_N) for s in range(whole.shape[1])}
         else:
             members = [tuple(s for s in range(whole.shape[1]) if pattern[self.label_sets[s][0]]) for pattern in patterns]
             self.patterns = {m: np.flatnonzero(inverse.ravel() == i) for i, m in enumerate(members) if m}
