@@ -7,36 +7,23 @@
 # takes:    beyond the bank about 2 hours of a core: values 11 minutes, rewards 8, trees and their model 25, comparison 75
 # expect:   README's table: single-pass values +0.78 helpful and +1.85 harmless at 4 nats for the price of one plain response
 source "$(dirname "$0")/common.sh"
-objectives=(helpful harmless)
+source "$here/own_answers.bash"
 if [ -n "$tiny" ]; then
-  run tiny --out "$out/tiny"
-  objectives=(long readable) model=$out/tiny/model sources=hh:$out/tiny/hh.jsonl draw=() judges='[]'
-  sampling=(--sampling.max_new_tokens 8 --sampling.top_k 12 --sampling.batch_size 16)
   value=(--value.calibration_states 16 --value.state_features 2 --value.token_features 4)
   scorer=(--reward.fit.max_steps 2 --reward.test_share 0.3 --reward.layers 1 --reward.lora.rank 2 --reward.lora.blocks 1)
   trees=(--limit 6 --growth.layers 3 --shard 3)
   model_of_values=(--value.validation_share 0.34 --value.calibration_states 16 --value.fit.max_steps 2 --value.lora.rank 2)
   points=(--limit 4 --steps 1 --reference_samples 4 --best_of '[2,4]' --n_boot 50 --examples 1) segment='shortest: 2, longest: 4, tries: 3'
 else
-  HH=${HH:-$here/../../shared/data/hh_rlhf}
-  model=smollm2 sources=hh:$HH/helpful-base.test.jsonl.gz,hh:$HH/harmless-base.test.jsonl.gz draw=(--max_words 50 --per_source 400)
-  judges='[judge_helpful,judge_harmless]'
-  sampling=(--sampling.max_new_tokens 40 --sampling.top_k 40 --sampling.batch_size 64)
   value=() scorer=(--reward.max_length 192 --reward.test_share 0.1 --reward.fit.epochs 1) trees=(--limit 80 --growth.layers 4)
   model_of_values=(--value.fit.epochs 1 --value.fit.learning_rate 2e-4 --value.lora.rank 16 --value.lora.alpha 32)
   points=(--samples 1 --steps 2) segment='shortest: 8, longest: 16, tries: 8'
 fi
-first=${objectives[0]} second=${objectives[1]} rewards="[${objectives[0]},${objectives[1]}]"
 
-run prompts --out "$out/prompts" --sources "[$sources]" --single_turn true "${draw[@]}" \
-  --shares '{"train": 0.8, "validation": 0.1, "test": 0.1}'
-run sample --model "$model" --prompts "$out/prompts/prompts.jsonl" --samples 4 "${sampling[@]}" --out "$out/bank"
-run score --run "$out/bank" --model "$model" --rewards "$rewards"
 run normalise --run "$out/bank" --out "$out/scale.json"
-run label --run "$out/bank" --choice extremes --out "$out/pairs"
 run train value --run "$out/bank" "${value[@]}" --out "$out/values"
 for name in "${objectives[@]}"; do # reads the whole of a response that has begun: ARGS
-  run train bradley_terry --config "$here/../recipes/helpful-reward.yaml" --model "$model" --pairs "[labelled:$out/pairs/pairs.jsonl]" \
+  run train bradley_terry --config "$here/../recipes/helpful-reward.yaml" --model "$model" --pairs "$pairs" \
     --reward.objective "$name" "${scorer[@]}" --out "$out/scorer-$name"
 done
 run grow --config "$here/../recipes/grow.yaml" --model "$model" --prompts "$out/prompts/prompts.jsonl" "${sampling[@]}" "${trees[@]}" \

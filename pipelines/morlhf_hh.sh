@@ -10,37 +10,20 @@
 #           that a weight means something else for every pair of rewards); responses are drawn at temperature 1 from all tokens, and
 #           the KL is of that law (0.7 there, which makes the estimate of the KL biased); pad isn't EOS
 source "$(dirname "$0")/common.sh"
+source "$here/hh_sft.bash"
 weightings=(0.25 0.5 0.75)
 if [ -n "$tiny" ]; then
-  run tiny --out "$out/tiny"
-  start=$out/tiny/model pairs=hh:$out/tiny/hh.jsonl per_source=30 points=(--limit 4 --n_boot 50 --examples 1)
-  sft=(--sft.lora.rank 2 --sft.max_length 128 --sft.test_share 0.5 --sft.fit.batch_size 4 --sft.fit.max_steps 3)
-  loop=(--loop.rounds 2 --loop.prompts 4 --loop.samples 2 --loop.steps 2 --loop.lora.rank 2) tokens=8
-  rewards='[helpful=long,harmless=readable]'
+  points=(--limit 4 --n_boot 50 --examples 1) tokens=8
+  loop=(--loop.rounds 2 --loop.prompts 4 --loop.samples 2 --loop.steps 2 --loop.lora.rank 2)
 else
-  start=meta-llama/Llama-2-7b-hf pairs=hh:$out/hh/train.jsonl per_source=5000 points=(--limit 200) tokens=128
-  if [ -z "$list" ] && [ ! -e "$out/hh/train.jsonl" ]; then
-    hf download Anthropic/hh-rlhf --repo-type dataset --local-dir "$out/hub" --include 'helpful-base/*' 'harmless-base/*'
-    mkdir -p "$out/hh"
-    gzip -dc "$out/hub/helpful-base/train.jsonl.gz" "$out/hub/harmless-base/train.jsonl.gz" > "$out/hh/part" && mv "$out/hh/part" "$out/hh/train.jsonl"
-  fi
-  sft=(--sft.lora.rank 64 --sft.lora.alpha 128 --sft.lora.targets '[q_proj,v_proj]' --sft.fit.learning_rate 1.4e-4 --sft.fit.epochs 1
-    --sft.fit.batch_size 8 --sft.fit.precision bfloat16 --sft.fit.checkpoint_every 500 --sft.licence 'MIT (HH-RLHF, Anthropic)')
+  points=(--limit 200) tokens=128
   loop=(--loop.rounds 156 --loop.prompts 64 --loop.samples 2 --loop.steps 4 --loop.lora.rank 64 --loop.lora.alpha 128
     --loop.lora.targets '[q_proj,v_proj]' --loop.beta 0.2 --loop.fit.learning_rate 1e-5 --loop.fit.schedule constant --loop.fit.warmup 0
     --loop.fit.batch_size 4 --loop.fit.accumulate 4 --loop.fit.clip 0.5 --loop.fit.precision bfloat16)
-  rewards='[helpful=field:helpful,harmless=field:harmless]'
 fi
 ppo=(--ppo.advantage gae --ppo.kl_target 3 --ppo.kl_horizon 10000)
-base=$out/sft-model/model
 
-run prompts --out "$out/prompts" --sources "[$pairs]" --per_source "$per_source" --shares '{train: 0.8, test: 0.2}'
-run train sft --out "$out/sft" --model "$start" --pairs "[$pairs]" "${sft[@]}"
-run merge --out "$out/sft-model" --adapter "$out/sft/adapter" --model "$start"
-run sample --out "$out/own" --model "$base" --prompts "$out/prompts/prompts.jsonl" --split train --limit 500 --samples 2 \
-  --sampling.max_new_tokens "$tokens"
-run score --run "$out/own" --model "$base" --rewards "$rewards"
-run normalise --run "$out/own" --out "$out/statistics.json"
+own_scale "$tokens"
 policies=()
 for weight in "${weightings[@]}"; do
   run train ppo --out "$out/ppo-$weight" --model "$base" --prompts "$out/prompts/prompts.jsonl" --rewards "$rewards" \

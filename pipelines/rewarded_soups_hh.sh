@@ -10,32 +10,17 @@
 #           the papers run PPO on the same reward; soups are exact sums of updates (averaged factors stand beside them, as in the
 #           released code), and no number of ours is one of theirs
 source "$(dirname "$0")/common.sh"
+source "$here/hh_sft.bash"
 if [ -n "$tiny" ]; then
-  run tiny --out "$out/tiny"
-  start=$out/tiny/model pairs=hh:$out/tiny/hh.jsonl per_source=30 drawn=(--sampling.max_new_tokens 8) points=(--limit 4 --steps 2 --n_boot 50 --examples 1)
-  sft=(--sft.lora.rank 2 --sft.max_length 128 --sft.test_share 0.5 --sft.fit.batch_size 4 --sft.fit.max_steps 3)
+  drawn=(--sampling.max_new_tokens 8) points=(--limit 4 --steps 2 --n_boot 50 --examples 1) samples=3 steps=2
   dpo=(--dpo.lora.rank 2 --dpo.max_length 128 --dpo.test_share 0.5 --dpo.fit.batch_size 4 --dpo.fit.max_steps 3)
-  rewards='[helpful=long,harmless=readable]' samples=3 steps=2
 else
-  start=meta-llama/Llama-2-7b-hf pairs=hh:$out/hh/train.jsonl per_source=5000 drawn=(--sampling.max_new_tokens 128)
-  points=(--limit 200 --steps 10)
-  if [ -z "$list" ] && [ ! -e "$out/hh/train.jsonl" ]; then
-    hf download Anthropic/hh-rlhf --repo-type dataset --local-dir "$out/hub" --include 'helpful-base/*' 'harmless-base/*'
-    mkdir -p "$out/hh"
-    gzip -dc "$out/hub/helpful-base/train.jsonl.gz" "$out/hub/harmless-base/train.jsonl.gz" > "$out/hh/part" && mv "$out/hh/part" "$out/hh/train.jsonl"
-  fi
-  sft=(--sft.lora.rank 64 --sft.lora.alpha 128 --sft.lora.targets '[q_proj,v_proj]' --sft.fit.learning_rate 1.4e-4 --sft.fit.epochs 1
-    --sft.fit.batch_size 8 --sft.fit.precision bfloat16 --sft.fit.checkpoint_every 500 --sft.licence 'MIT (HH-RLHF, Anthropic)')
+  drawn=(--sampling.max_new_tokens 128) points=(--limit 200 --steps 10) samples=8 steps=10
   dpo=(--dpo.lora.rank 64 --dpo.lora.alpha 128 --dpo.lora.targets '[q_proj,v_proj]' --dpo.beta 0.2 --dpo.fit.learning_rate 1e-5
     --dpo.fit.batch_size 8 --dpo.fit.accumulate 8 --dpo.fit.epochs 1 --dpo.fit.precision bfloat16)
-  rewards='[helpful=field:helpful,harmless=field:harmless]' samples=8 steps=10
 fi
-base=$out/sft-model/model
 policies="[helpful=$out/helpful/adapter,harmless=$out/harmless/adapter]"
 
-run prompts --out "$out/prompts" --sources "[$pairs]" --per_source "$per_source" --shares '{train: 0.8, test: 0.2}'
-run train sft --out "$out/sft" --model "$start" --pairs "[$pairs]" "${sft[@]}"
-run merge --out "$out/sft-model" --adapter "$out/sft/adapter" --model "$start"
 run sample --out "$out/own" --model "$base" --prompts "$out/prompts/prompts.jsonl" --split train --samples "$samples" "${drawn[@]}"
 run score --run "$out/own" --model "$base" --rewards "$rewards"
 run label --out "$out/pairs" --run "$out/own" --choice extremes

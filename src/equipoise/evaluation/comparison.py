@@ -72,12 +72,15 @@ def comparison_of(
 
 
 def follows(points: Sequence[Point], objectives: int) -> list[float | None]:
-    """Spearman's correlation of each objective's weight with its mean reward over a method's points; None below three weights."""
+    """Spearman's correlation of each objective's weight with its mean reward over a method's points; None below
+    three weights, and where either is constant.
+    """
     weights_WK = np.array([p.weights for p in points if p.weights])
     if len(weights_WK) < 3:
         return [None] * objectives
     mean_WK = np.array([np.nanmean(p.z_PK[:, :objectives], axis=0) for p in points if p.weights])
-    return [float(spearmanr(weights_WK[:, k], mean_WK[:, k]).statistic) for k in range(objectives)]
+    flat_K = (np.ptp(weights_WK, axis=0) == 0) | (np.ptp(mean_WK, axis=0) == 0)
+    return [None if flat_K[k] else float(spearmanr(weights_WK[:, k], mean_WK[:, k]).statistic) for k in range(objectives)]
 
 
 def _hypervolumes(summary: Summary, named: Mapping[str, Sequence[Point]], ref_point: list[float]) -> list[dict[str, Any]]:

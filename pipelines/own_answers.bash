@@ -1,0 +1,30 @@
+# Sourced by the pipelines on SmolLM2's own answers to HH-RLHF's prompts, which share them where OUT is the same: prompts, a bank of four
+# answers to each, its rewards, and pairs. Sets: objectives, first, second, rewards, model, sampling, judges, pairs.
+if [ -n "$tiny" ]; then
+  run tiny --out "$out/tiny"
+  objectives=(long readable) model=$out/tiny/model sources=hh:$out/tiny/hh.jsonl draw=() judges='[]'
+  sampling=(--sampling.max_new_tokens 8 --sampling.top_k 12 --sampling.batch_size 16)
+else
+  HH=${HH:-$here/../../shared/data/hh_rlhf}
+  objectives=(helpful harmless) model=smollm2 sources=hh:$HH/helpful-base.test.jsonl.gz,hh:$HH/harmless-base.test.jsonl.gz
+  draw=(--max_words 50 --per_source 400) judges='[judge_helpful,judge_harmless]'
+  sampling=(--sampling.max_new_tokens 40 --sampling.top_k 40 --sampling.batch_size 64)
+fi
+first=${objectives[0]} second=${objectives[1]} rewards="[${objectives[0]},${objectives[1]}]" pairs="[labelled:$out/pairs/pairs.jsonl]"
+
+run prompts --out "$out/prompts" --sources "[$sources]" --single_turn true "${draw[@]}" \
+  --shares '{"train": 0.8, "validation": 0.1, "test": 0.1}'
+run sample --model "$model" --prompts "$out/prompts/prompts.jsonl" --samples 4 "${sampling[@]}" --out "$out/bank"
+run score --run "$out/bank" --model "$model" --rewards "$rewards"
+run label --run "$out/bank" --choice extremes --out "$out/pairs"
+
+# DPO for each objective: OUT/OBJECTIVE/adapter, the policies `both`.
+dpo=(--cache "$out/logprobs" --dpo.beta 0.5 --dpo.max_length 256 --dpo.lora.dropout 0 --dpo.fit.warmup 0.1 --dpo.fit.batch_size 8)
+dpo_first=("${dpo[@]}" --dpo.test_share 0.1 --dpo.fit.learning_rate 2e-4 --dpo.fit.max_steps 36 --dpo.fit.accumulate 2 --dpo.fit.checkpoint_every 12)
+[ -z "$tiny" ] || dpo_first+=(--dpo.lora.rank 2 --dpo.fit.max_steps 3 --dpo.test_share 0.3)
+both="[$first=$out/$first/adapter,$second=$out/$second/adapter]"
+policies() {
+  for name in "${objectives[@]}"; do
+    run train dpo --model "$model" --pairs "$pairs" --dpo.objectives "[$name]" "${dpo_first[@]}" --out "$out/$name"
+  done
+}
