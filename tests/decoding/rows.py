@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -169,3 +170,19 @@ def check_batches(lm, guide, config, weights: Sequence[Weights], samples: int = 
             np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
             np.testing.assert_allclose([got.kl, got.kl_floor], [want.kl, want.kl_floor], atol=1e-4)
     return [alone[r.id] for r in requests]
+
+
+def count_tokens(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Tokens that each model's backbone runs from here on, by the model's name."""
+    run: Counter[str] = Counter()
+
+    class Counted:
+        def __init__(self, lm):
+            self.lm = lm
+
+        def __call__(self, input_ids, **settings):
+            run[self.lm.name] += input_ids.numel()
+            return self.lm.model.base_model(input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(LanguageModel, "backbone", property(Counted))
+    return run

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from decoding.rows import PROMPTS, Plain, leaves, sibling
+from decoding.rows import PROMPTS, Plain, count_tokens, leaves, sibling
 from decoding.test_scorer_guided import scorers  # noqa: F401 a fixture
 from decoding.test_value_guided import guide_of, heads  # noqa: F401 a fixture
 from decoding.test_value_models import value_model
@@ -19,7 +18,6 @@ from equipoise.decoding.scorer_guided import ScorerGuide
 from equipoise.decoding.value_guided import ValueModelGuide
 from equipoise.models.chat import prompt_ids
 from equipoise.models.generation import Sampling, generate
-from equipoise.models.loading import LanguageModel
 from equipoise.types import Request, UserError
 
 CONFIG = Sampling(max_new_tokens=4, top_k=3, batch_size=7, whole_sentences=False)
@@ -178,17 +176,7 @@ def test_a_response_depends_on_nothing_but_its_request(tiny_lm, models, heads, s
 
 
 def test_every_token_that_was_run_is_counted(tiny_lm, models, scorers, monkeypatch):  # noqa: F811
-    run: Counter[str] = Counter()
-
-    class Counted:
-        def __init__(self, lm):
-            self.lm = lm
-
-        def __call__(self, input_ids, **settings):
-            run[self.lm.name] += input_ids.numel()
-            return self.lm.model.base_model(input_ids=input_ids, **settings)
-
-    monkeypatch.setattr(LanguageModel, "backbone", property(Counted))
+    run = count_tokens(monkeypatch)
     for guide in (mixing_guide(tiny_lm, models), ScorerGuide(tiny_lm, scorers, 0.8)):
         for request in requests_for():
             run.clear()

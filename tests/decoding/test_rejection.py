@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from transformers import MistralConfig
 
 from conftest import build_llama
-from decoding.rows import EOS, PROMPTS, plain_forward, sibling
+from decoding.rows import EOS, PROMPTS, count_tokens, plain_forward, sibling
 from decoding.test_scorer_guided import scorers  # noqa: F401 a fixture
 from decoding.test_value_guided import guide_of, heads  # noqa: F401 a fixture
 from decoding.test_value_models import value_model
@@ -294,17 +294,7 @@ class Told:
 
 def test_every_token_that_was_run_is_counted(tiny_lm, scorers, monkeypatch):  # noqa: F811
     """Alone in its batch, a request's forwards are all there are: of the policy and of the scorers, refused tokens included."""
-    run: Counter[str] = Counter()
-
-    class Counted:
-        def __init__(self, lm):
-            self.lm = lm
-
-        def __call__(self, input_ids, **settings):
-            run[self.lm.name] += input_ids.numel()
-            return self.lm.model.base_model(input_ids=input_ids, **settings)
-
-    monkeypatch.setattr(LanguageModel, "backbone", property(Counted))
+    run = count_tokens(monkeypatch)
     segments = Segments(threshold=0.9, beta=0.2, entropy=1.0, shortest=2, longest=3, tries=5)
     for guide in (None, ScorerGuide(tiny_lm, scorers, 0.8)):
         for request in asked(6):
