@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conftest import prompt
-from equipoise.models.chat import prompt_ids, summary_template
-from equipoise.models.conditions import RELEASED, Wording, decode, encode, special_strings
+from equipoise.models.chat import prompt_ids, special_strings, summary_template
+from equipoise.models.conditions import RELEASED, Wording, decode, encode
 from equipoise.tiny import SPECIAL, build_tokenizer
 from equipoise.types import Message, Prompt, UserError
 
@@ -119,7 +119,7 @@ def test_users_make_no_special_token(chatml):
     ids = [prompt_ids(chatml, encode(prompt("p", text), {"helpful": 4.0}, wording)) for text in asked]
     special = set(chatml.all_special_ids)
     assert [sum(i in special for i in row) for row in ids] == [3, 3, 3, 3]  # the turn's start and end, the answer's start
-    assert sum(i in special for i in prompt_ids(chatml, prompt("p", asked[1]))) == 6  # the plain text makes three of its own
+    assert sum(i in special for i in prompt_ids(chatml, prompt("p", asked[1]))) == 3  # nor do they without
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from equipoise.types import Prompt, UserError
+from equipoise.types import Message, Prompt, UserError
 
 _SENTENCE_END = re.compile(r"((?<!\d)\.|[!?])[\"')\]*\u201d\u2019]*$")
 
@@ -37,15 +37,43 @@ def summary_template(tokenizer: Any) -> str:
 def prompt_ids(tokenizer: Any, prompt: Prompt, *, header: bool = True) -> list[int]:
     """Token ids of a prompt up to where the assistant's answer begins; without `header`, up to its turn's header.
 
-    Uses the tokenizer's chat template; a base model without one gets `role: content` lines. Raises `UserError` for an
-    empty conversation or an empty last turn.
+    Uses the tokenizer's chat template; a base model without one gets `role: content` lines. A turn whose text spells a special
+    token is text all the same: it opens and closes no turn. Raises `UserError` for an empty conversation or an empty last turn.
     """
     if not prompt.messages or not prompt.text.strip():
         raise UserError(f"prompt {prompt.id!r} is empty: give it at least one non-empty user message")
-    if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template([dict(m) for m in prompt.messages], tokenize=False, add_generation_prompt=header)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(_lines(prompt) + "assistant:" * header)["input_ids"])
+    templated = bool(getattr(tokenizer, "chat_template", None))
+
+    def render(messages: Sequence[Message]) -> str:
+        if templated:
+            return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=header))
+        return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:" * header
+
+    if any(special in m["content"] for m in prompt.messages for special in special_strings(tokenizer)):
+        return _guarded(tokenizer, prompt.messages, render, first=not templated)
+    return list(tokenizer(render(prompt.messages), add_special_tokens=not templated)["input_ids"])
+
+
+def special_strings(tokenizer: Any) -> tuple[str, ...]:
+    """What a tokenizer reads as one of its special tokens wherever it stands in a text; single characters are left out."""
+    marked = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(text for text in marked | set(tokenizer.all_special_tokens) if len(text) > 1))
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text in which nothing is special, whatever it spells."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def _guarded(tokenizer: Any, messages: Sequence[Message], render: Callable[[Sequence[Message]], str], *, first: bool) -> list[int]:
+    """The rendered conversation, of which the template's part alone may hold special tokens; `first` adds those of a text's beginning."""
+    marks = [f"\ue000{number}\ue001" for number in range(len(messages))]  # for private use: no template writes them
+    text = render([Message(role=m["role"], content=mark) for m, mark in zip(messages, marks, strict=True)])
+    found = {mark: m["content"] for m, mark in zip(messages, marks, strict=True)}
+    ids: list[int] = []
+    for number, part in enumerate(re.split("(\ue000\\d+\ue001)", text)):
+        ids += plain_ids(tokenizer, found[part]) if part in found else tokenizer(part, add_special_tokens=first and not number)["input_ids"]
+    return ids
 
 
 def turn_end(tokenizer: Any, prompt: Prompt) -> int:
@@ -58,10 +86,6 @@ def turn_end(tokenizer: Any, prompt: Prompt) -> int:
     while at > 0 and not tokenizer.decode([opened[at]]).strip():
         at -= 1
     return at
-
-
-def _lines(prompt: Prompt) -> str:
-    return "".join(f"{m['role']}: {m['content']}\n" for m in prompt.messages)
 
 
 def response_ids(tokenizer: Any, response: str) -> list[int]:

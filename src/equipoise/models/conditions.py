@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from equipoise.models.chat import special_strings
 from equipoise.types import Message, Prompt, Request, UserError
 
 _NAME = re.compile(r"[\w.-]+")
@@ -57,12 +58,6 @@ class Wording:
 
 RELEASED = Wording(before="  ", after=" ")
 """As RiC's released code writes them, where the names are rm1_score, rm2_score, ..."""
-
-
-def special_strings(tokenizer: Any) -> tuple[str, ...]:
-    """What a tokenizer reads as one of its special tokens wherever it stands in a text; single characters are left out."""
-    marked = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(text for text in marked | set(tokenizer.all_special_tokens) if len(text) > 1))
 
 
 def encode(prompt: Prompt, numbers: Mapping[str, float], wording: Wording | None = None) -> Prompt:

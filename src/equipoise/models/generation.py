@@ -47,16 +47,13 @@ def generate(
     """
     import torch
 
-    encoded = [[*prompt_ids(lm.tokenizer, request.prompt), *request.given] for request in requests]
-    for request, ids in zip(requests, encoded, strict=True):
-        _check_request(lm, request, len(ids), config, guide)
-    order = sorted(range(len(requests)), key=lambda i: (len(encoded[i]), i))
-    jobs = [Job(i, requests[i], encoded[i], _most(requests[i], config), stream(requests[i].seed)) for i in order]
+    loop = Loop(lm, config, guide, search, gate, progress)
+    jobs = [loop.job(request) for request in requests]
+    loop.submit(sorted(jobs, key=lambda job: len(job.prompt)))
     with torch.inference_mode():
-        _Loop(lm, jobs, config, guide, search, gate, progress).run()
-    guided = guide.forwards_per_step if guide else 0
-    rollouts = {job.index: finish(job, lm, guided, config.whole_sentences) for job in jobs}
-    return [rollouts[i] for i in range(len(requests))]
+        while loop.turn():
+            pass
+    return [loop.rollout(job) for job in jobs]
 
 
 def stream(seed: int) -> Stream:
@@ -96,8 +93,8 @@ def _check_request(lm: LanguageModel, request: Request, length: int, config: Sam
             raise UserError(f"request {request.id!r} has {len(request.weights)} weights for objectives {', '.join(guide.objectives)}")
 
 
-class _Loop:
-    """The running batch, and the requests that wait for a place in it.
+class Loop:
+    """The running batch, and the requests that wait for a place in it; more may be submitted between turns.
 
     Each turn fills the free places, lets the gate look at the rows, and draws a token for each of them. A row that ends
     keeps its place through one forward, which it idles, where a prompt waits to take it: a copy of the rest would cost more.
@@ -106,17 +103,16 @@ class _Loop:
     def __init__(
         self,
         lm: LanguageModel,
-        jobs: Sequence[Job],
         config: Sampling,
-        guide: Guide | None,
-        search: Search | None,
-        gate: Gate | None,
-        progress: Callable[[int], None] | None,
+        guide: Guide | None = None,
+        search: Search | None = None,
+        gate: Gate | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.lm, self.config, self.guide, self.search, self.gate, self.progress = lm, config, guide, search, gate, progress
         self.known = known_tokens(lm.tokenizer)
         self.at_once = max(1, config.batch_size // (search.width if search else 1))
-        self.waiting = deque(jobs)
+        self.waiting: deque[Job] = deque()
         self.ready: deque[tuple[int, Job]] = deque()
         """Requests whose prompts were run, as rows of `incoming`."""
         self.incoming: Batch | None = None
@@ -124,12 +120,40 @@ class _Loop:
         self.rows: list[Row] = []
         self._law: tuple[Step, torch.Tensor] | None = None
 
-    def run(self) -> None:
-        """Finish all requests."""
-        while self._fill():
-            assert self.batch is not None
-            if self.gate is None or not self.gate.review(self):
-                self._turn(self.batch)
+    def job(self, request: Request, ids: Sequence[int] | None = None) -> Job:
+        """A request as the loop takes it; `ids` are its prompt's tokens where they aren't those of the chat template.
+
+        Raises `UserError` as `generate` does.
+        """
+        prompt = [*(prompt_ids(self.lm.tokenizer, request.prompt) if ids is None else ids), *request.given]
+        _check_request(self.lm, request, len(prompt), self.config, self.guide)
+        return Job(request, prompt, _most(request, self.config), stream(request.seed))
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Let these wait for a place, in this order; prompts of similar length are best run together."""
+        self.waiting.extend(jobs)
+
+    def cancel(self, job: Job) -> None:
+        """Forget a request, wherever it is; its place is free from the next turn on."""
+        self.waiting = deque(one for one in self.waiting if one is not job)
+        self.ready = deque((at, one) for at, one in self.ready if one is not job)
+        if not self.ready:
+            self.incoming = None
+        for row in self.rows:
+            row.over |= row.job is job
+
+    def turn(self) -> bool:
+        """Bring every row a token further, or back where the gate wants it; False where all are finished."""
+        if not self._fill():
+            return False
+        assert self.batch is not None
+        if self.gate is None or not self.gate.review(self):
+            self._turn(self.batch)
+        return True
+
+    def rollout(self, job: Job) -> Rollout:
+        """The response of a request that is finished, and what it has cost."""
+        return finish(job, self.lm, self.guide.forwards_per_step if self.guide else 0, self.config.whole_sentences)
 
     @property
     def law(self) -> tuple[Step, torch.Tensor]:
@@ -182,7 +206,7 @@ class _Loop:
         if self.batch is None or all(row.over for row in self.rows):
             return self._start()
         free = [at for at, row in enumerate(self.rows) if row.over]
-        new = self._room() if free or self.search else 0
+        new = self._room()
         more = max(new - len(free), 0)
         self._select([at for at in range(len(self.rows)) if at not in free[new:]] + [0] * more)
         fill = [at for at, row in enumerate(self.rows) if row.over or at >= len(self.rows) - more]

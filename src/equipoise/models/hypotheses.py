@@ -36,7 +36,6 @@ class Stream:
 class Job:
     """A request on its way, with what it has cost on all of its rows."""
 
-    index: int
     request: Request
     prompt: Sequence[int]
     """Of the prompt and the given response tokens."""

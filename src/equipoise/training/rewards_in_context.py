@@ -34,7 +34,8 @@ from jaxtyping import Bool, Float, Int, Real
 
 from equipoise.data.demonstrations import Demonstration
 from equipoise.data.splits import opening
-from equipoise.models.conditions import RELEASED, Wording, special_strings
+from equipoise.models.chat import special_strings
+from equipoise.models.conditions import RELEASED, Wording
 from equipoise.models.in_context import InContext, Scale
 from equipoise.objectives import Normaliser, simplex_grid
 from equipoise.rewards.scoring import ScoredRun
