@@ -80,6 +80,7 @@ COMMANDS = {
         "ask for outcomes: can they be had, at what price, with how much compute",
     ),
     "palette apply": ("equipoise.stages.palette", "Apply", "apply", "serve solved palettes on held-out prompts, beside their targets"),
+    "serve": ("equipoise.serving.command", "Serve", "serve", "an endpoint and a page: weights or targets in the request"),
     "tiny": ("equipoise.tiny", "Tiny", "tiny", "a two-layer model and small data sets, to try a pipeline on"),
     "run": ("equipoise.cli", "Run", "run_lines", "the commands of a file, one a line, in one process"),
     "doctor": ("equipoise.doctor", "Doctor", "doctor", "versions, devices, embedded models, and what is missing"),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from equipoise.models.value_models import ValueModel
 
 
-class _Tilt:
+class Tilt:
     """beta per row: fixed, or solved once per weight vector for the budget."""
 
     def __init__(self, calibration: Calibration | None, form: str, beta: float | None, kl_budget: float | None) -> None:
@@ -49,6 +49,7 @@ class _Tilt:
         self._solved: dict[tuple[float, ...], float] = {}
 
     def beta(self, weights_K: tuple[float, ...]) -> float:
+        """Of a row with these weights."""
         if self._beta is not None:
             return self._beta
         assert self._budget is not None
@@ -56,6 +57,17 @@ class _Tilt:
         if weights_K not in self._solved:
             self._solved[weights_K] = self._calibration.beta_for(weights_K, self._budget)
         return self._solved[weights_K]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a KL budget can be kept."""
+        return self._calibration is not None
+
+    def beta_for(self, weights_K: tuple[float, ...], kl_budget: float) -> float:
+        """The beta that spends so many nats per response, whatever the rows' own is. Raises `UserError` without a calibration."""
+        if self._calibration is None:
+            raise UserError("these values have no calibration, so no KL budget can be kept: give beta")
+        return self._calibration.beta_for(weights_K, kl_budget)
 
     def __call__(self, weights_RK: torch.Tensor) -> torch.Tensor:
         """w / beta per row; 0 for rows without weights."""
@@ -78,7 +90,7 @@ class SinglePassGuide:
         import torch
 
         self.objectives, self.layers, self._horizon = heads.objectives, heads.layers, heads.horizon
-        self.tilt = _Tilt(heads.calibration.get("single-pass"), "single-pass", beta, kl_budget)
+        self.tilt = Tilt(heads.calibration.get("single-pass"), "single-pass", beta, kl_budget)
         tensors = {name: torch.from_numpy(heads.tensors[name]).to(lm.device) for name in ("mean_I", "whiten_IM", "single_KXD")}
         self._mean_I, self._whiten_IM, self._single_KXD = tensors["mean_I"], tensors["whiten_IM"], tensors["single_KXD"]
         self._table_VD = lm.model.get_input_embeddings().weight
@@ -96,6 +108,15 @@ class SinglePassGuide:
         read_RD = torch.einsum("rk,rx,kxd->rd", self.tilt(step.weights_RK), x_RX, self._single_KXD)
         e_RCD = self._table_VD[step.candidates_RC].float()
         return torch.bmm(e_RCD, read_RD[:, :, None])[:, :, 0]
+
+    def parts(self, step: Step) -> torch.Tensor:
+        """(1/beta) w_k q_k(s, a), [R, C, K]: what each objective adds to `shift`."""
+        import torch
+
+        states_RI = torch.cat([step.states[layer] for layer in self.layers], dim=-1)
+        x_RX = state_features(states_RI, step.length_R, self._mean_I, self._whiten_IM, self._horizon)
+        read_RDK = torch.einsum("rk,rx,kxd->rdk", self.tilt(step.weights_RK), x_RX, self._single_KXD)
+        return torch.bmm(self._table_VD[step.candidates_RC].float(), read_RDK)
 
     def advance(self, step: Step, choice_R: torch.Tensor) -> None:
         """The policy has to run the chosen token itself."""
@@ -132,7 +153,7 @@ class PrefixGuide:
         if not attends_fully(lm.model.config):
             raise UserError(f"not all layers of {lm.name!r} attend to the full past, as the form 'prefix' needs; use 'single-pass'")
         self.objectives, self.layers = heads.objectives, heads.layers
-        self.tilt = _Tilt(heads.calibration.get("prefix"), "prefix", beta, kl_budget)
+        self.tilt = Tilt(heads.calibration.get("prefix"), "prefix", beta, kl_budget)
         self._values = _PrefixValues(heads, lm)
         # The chosen candidate's forward is the policy's own, so only the others are extra.
         self.forwards_per_step = candidates - 1
@@ -198,7 +219,7 @@ class ValueModelGuide:
             raise UserError(
                 f"{len(models)} value models share no calibration: set kl_budget to null and give beta, or distil them into one"
             )
-        self.tilt = _Tilt(models[0].heads.calibration.get("prefix"), "prefix", beta, kl_budget)
+        self.tilt = Tilt(models[0].heads.calibration.get("prefix"), "prefix", beta, kl_budget)
         self._models = [(model, _PrefixValues(model.heads, model.lm)) for model in models]
         self._columns = [self.objectives.index(name) for name in known]
         self._known = known_tokens(lm.tokenizer)

@@ -256,7 +256,7 @@ class Loop:
         jobs = [self.waiting.popleft() for _ in range(min(self.at_once, len(self.waiting)))]
         prompts, guide = [job.prompt for job in jobs], self.guide
         count = branches(self.lm, self.config)
-        room = self.config.max_new_tokens + (count if guide and guide.forwards_per_step else 0)
+        room = max(job.most for job in jobs) + (count if guide and guide.forwards_per_step else 0)
         requests = [job.request for job in jobs]
         stems = [len(job.prompt) - len(job.request.given) for job in jobs]
         self.incoming = Batch(self.lm, prompts, guide.layers if guide else (), room, stems=stems)
