@@ -73,16 +73,16 @@ def _most(request: Request, config: Sampling) -> int:
 
 
 def _check_request(lm: LanguageModel, request: Request, length: int, config: Sampling, guide: Guide | None) -> None:
-    length -= len(request.given)
-    if _most(request, config) < 1 or not lm.eos_ids.isdisjoint(request.given):
+    most = _most(request, config)
+    if most < 1 or not lm.eos_ids.isdisjoint(request.given):
         raise UserError(
             f"request {request.id!r} gives {len(request.given)} tokens to continue by at most {request.most_tokens}, with "
             f"max_new_tokens={config.max_new_tokens}: give fewer, and none that ends the turn"
         )
-    if length + config.max_new_tokens > lm.context_length:
+    if length + most > lm.context_length:
         raise UserError(
-            f"prompt {request.prompt.id!r} has {length} tokens; with max_new_tokens={config.max_new_tokens} that exceeds the "
-            f"context of {lm.context_length}: shorten the prompt or max_new_tokens"
+            f"prompt {request.prompt.id!r} has {length - len(request.given)} tokens; with max_new_tokens={most + len(request.given)} that "
+            f"exceeds the context of {lm.context_length}: shorten the prompt or max_new_tokens"
         )
     if request.weights is not None:
         if guide is None:

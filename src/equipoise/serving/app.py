@@ -24,7 +24,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from equipoise.runs import plain
 from equipoise.serving.door import Gatekeeper
 from equipoise.serving.engine import Done, Event, Failed, Piece, Work
-from equipoise.serving.errors import RefusedError, error_body, handle_errors, status_of
+from equipoise.serving.errors import RefusedError, failure, handle_errors
 from equipoise.serving.measures import Measures
 from equipoise.serving.offers import Ask, Offer
 from equipoise.serving.schema import Asked, ChatRequest, CompletionRequest
@@ -197,7 +197,7 @@ class Desk:
             return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         event = await self._wait(work, events, request)
         if isinstance(event, Failed):
-            raise event.error
+            raise failure(event.error)
         self._measures.answered(offer.name, event.result, time.monotonic() - begun)
         return JSONResponse(plain(writer.whole(event.result)))
 
@@ -230,8 +230,7 @@ class Desk:
                 if isinstance(event, Piece):
                     yield writer.piece(event)
                 elif isinstance(event, Failed):
-                    status, said = status_of(event.error)
-                    yield line_of(error_body(status, said))
+                    yield line_of(failure(event.error).body)
                     return
                 else:
                     for line in writer.closings(event.result, usage):

@@ -186,7 +186,7 @@ def _offer(lm: LanguageModel, config: Serve, name: str, served: Served) -> Offer
         # Every request brings its own strength, so the guide is made with none.
         way = way_of(settings | {"kl_budget": None, "beta": 1.0})
         choice = choice_of(settings)
-        if choice is not None and choice.rewards != config.rewards:
+        if choice is not None and choice.rewards and choice.rewards != config.rewards:
             raise UserError(f"it chooses by {', '.join(choice.rewards)}, and the server's rewards are {', '.join(config.rewards)}")
         guide = way.guide(lm) if way else None
         return offer_of(name, way, settings, choice, guide)

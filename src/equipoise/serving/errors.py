@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
+from equipoise.progress import say
 from equipoise.serving.engine import BusyError
 from equipoise.types import UserError
 
@@ -22,6 +25,19 @@ class RefusedError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's clients read it."""
+        return error_body(self.status, str(self), self.code, self.param)
+
+
+def failure(error: Exception) -> RefusedError:
+    """What a client is told where the engine failed, which is logged with its place: the error's own text may hold a client's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"
+    say(f"the engine failed: {type(error).__name__} at {place}")
+    return RefusedError(500, f"the server failed ({type(error).__name__})", "server_error")
 
 
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
