@@ -81,6 +81,7 @@ COMMANDS = {
     ),
     "palette apply": ("equipoise.stages.palette", "Apply", "apply", "serve solved palettes on held-out prompts, beside their targets"),
     "serve": ("equipoise.serving.command", "Serve", "serve", "an endpoint and a page: weights or targets in the request"),
+    "chat": ("equipoise.serving.chat", "Chat", "chat", "a conversation in the terminal, the trade-off at hand"),
     "tiny": ("equipoise.tiny", "Tiny", "tiny", "a two-layer model and small data sets, to try a pipeline on"),
     "run": ("equipoise.cli", "Run", "run_lines", "the commands of a file, one a line, in one process"),
     "doctor": ("equipoise.doctor", "Doctor", "doctor", "versions, devices, embedded models, and what is missing"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from openai import OpenAI
@@ -16,17 +18,19 @@ from serving.conftest import asked
 from small_pipeline import REWARDS
 
 
-def start(small_run, tiny_folder, **environment: str) -> tuple[subprocess.Popen, str]:
+@contextlib.contextmanager
+def started(small_run, tiny_folder, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """A server in a process of its own, and its address."""
     settings = f"--model {tiny_folder} --runs [{small_run}] --rewards [{','.join(REWARDS)}] --port 0 --best_of 0"
     code = "import sys; from equipoise.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", *settings.split()], stderr=subprocess.PIPE, text=True, env=os.environ | environment
-    )
-    for line in process.stderr:
-        if line.startswith("serving "):
-            return process, line.split(" at ")[1].split()[0]
-    raise AssertionError(f"the server ended with {process.wait()}")
+    words = [sys.executable, "-c", code, "serve", *settings.split()]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | environment) as process:
+        try:
+            said = next((line for line in process.stderr if line.startswith("serving ")), None)
+            assert said, f"the server ended with {process.wait()}"
+            yield process, said.split(" at ")[1].split()[0]
+        finally:
+            process.kill()
 
 
 def client_of(address: str, key: str = "secret") -> OpenAI:
@@ -35,21 +39,21 @@ def client_of(address: str, key: str = "secret") -> OpenAI:
 
 def test_killed_it_comes_back_and_told_to_stop_it_finishes(small_run, tiny_folder):
     request = asked(extra_body={"weights": [0.3, 0.7]})
-    process, address = start(small_run, tiny_folder, EQUIPOISE_API_KEY="secret")
-    said = client_of(address).chat.completions.create(**request).choices[0].message.content
-    process.kill()
-    process.wait()
-    process, address = start(small_run, tiny_folder, EQUIPOISE_API_KEY="secret")
-    client = client_of(address)
-    assert client.chat.completions.create(**request).choices[0].message.content == said
-    stream = iter(client.chat.completions.create(**asked(max_tokens=150, n=4), stream=True))
-    chunks = [next(stream)]
-    process.send_signal(signal.SIGTERM)
-    chunks += stream
-    assert [c.choices[0].index for c in chunks if c.choices[0].finish_reason] == [0, 1, 2, 3]
-    process.wait(20)
-    with pytest.raises(OSError, match="refused"):
-        socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=2)
+    with started(small_run, tiny_folder, EQUIPOISE_API_KEY="secret") as (process, address):
+        said = client_of(address).chat.completions.create(**request).choices[0].message.content
+        process.kill()
+        process.wait()
+    with started(small_run, tiny_folder, EQUIPOISE_API_KEY="secret") as (process, address):
+        client = client_of(address)
+        assert client.chat.completions.create(**request).choices[0].message.content == said
+        stream = iter(client.chat.completions.create(**asked(max_tokens=150, n=4), stream=True))
+        chunks = [next(stream)]
+        process.send_signal(signal.SIGTERM)
+        chunks += stream
+        assert [c.choices[0].index for c in chunks if c.choices[0].finish_reason] == [0, 1, 2, 3]
+        process.wait(20)
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=2)
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from equipoise.stages.steering import Steer, way_of
 from equipoise.types import UserError
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from equipoise.models.loading import LanguageModel
     from equipoise.objectives import Normaliser
     from equipoise.palette.banks import Bank
@@ -75,37 +78,44 @@ class Serve:
 
 def serve(config: Serve) -> None:
     """Load what is served, and serve it until the process is told to stop."""
+    server, service = server_of(config)
+    socket = listening(config, config.port)
+    host, port = socket.getsockname()[:2]
+    say(f"serving {service.lm.name} at http://{host}:{port} with {', '.join(service.offers)}")
+    server.run(sockets=[socket])
+
+
+def server_of(config: Serve) -> tuple[uvicorn.Server, Service]:
+    """The server, not yet running. Raises `UserError` where it can't be made of these settings, or its libraries are missing."""
     try:
         import uvicorn
 
         from equipoise.serving.app import make_app
     except ImportError as error:
-        raise UserError(f"`serve` needs {error.name}: install equipoise[serve]") from None
+        raise UserError(f"this needs {error.name}: install equipoise[serve]") from None
 
     service, about = service_of(config)
     key = os.environ.get(KEY) or None
     if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
-        say(f"anybody who reaches {config.host}:{config.port} may use this server: set {KEY} to ask for a key")
-    app = make_app(service, about, key)
+        say(f"anybody who reaches {config.host} may use this server: set {KEY} to ask for a key")
     settings = uvicorn.Config(
-        app,
-        host=config.host,
-        port=config.port,
+        make_app(service, about, key),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=config.drain_s,
         timeout_keep_alive=30,
         server_header=False,
-        h11_max_incomplete_event_size=65536,
     )
-    server = uvicorn.Server(settings)
+    return uvicorn.Server(settings), service
+
+
+def listening(config: Serve, port: int) -> socket.socket:
+    """A socket that listens at the settings' host. Raises `UserError` where that can't be had."""
     try:
-        listening = settings.bind_socket()
-    except SystemExit:
-        raise UserError(f"can't listen at {config.host}:{config.port}: choose another port, or 0 for a free one") from None
-    host, port = listening.getsockname()[:2]
-    say(f"serving {service.lm.name} at http://{host}:{port} with {', '.join(service.offers)}")
-    server.run(sockets=[listening])
+        return socket.create_server((config.host, port), backlog=128)
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise UserError(f"can't listen at {config.host}:{port} ({said}): choose another host or port, or port 0 for a free one") from None
 
 
 def service_of(config: Serve) -> tuple[Service, dict[str, Any]]:
