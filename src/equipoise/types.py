@@ -135,6 +135,8 @@ class Request:
     """Response tokens that are there already and are to be continued."""
     most_tokens: int | None = None
     """Most tokens to draw, where that is less than the sampler's cap leaves."""
+    explained: bool = False
+    """Whether somebody wants to know what pushed each token; changes nothing that is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
 import time
 
@@ -134,6 +136,23 @@ def test_a_client_that_goes_frees_its_rows(served, client):
     while served.engine.running + served.engine.waiting and time.monotonic() < deadline:
         time.sleep(0.02)
     assert served.engine.running + served.engine.waiting == 0
+
+
+def test_a_client_that_goes_before_its_answer_frees_them_too(served, address):
+    """It isn't streamed, and the connection is closed once the first tokens were drawn."""
+    before = served.engine.counts.responses
+    body = json.dumps(asked(max_tokens=48, n=8, temperature=2)).encode()
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as gone:
+        gone.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        gone.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while not served.engine.running:
+            time.sleep(0.001)
+    deadline = time.monotonic() + 10
+    while served.engine.running + served.engine.waiting and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert served.engine.running + served.engine.waiting == 0
+    assert served.engine.counts.responses < before + 8
 
 
 def test_what_breaks_takes_nothing_else_with_it(service, capsys):

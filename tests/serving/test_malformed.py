@@ -40,7 +40,7 @@ def empty(served) -> bool:
     """Whether nothing runs, waits or is remembered of any request, after a moment."""
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
-        if served.engine.running + served.engine.waiting == 0 and not served._explained and served.engine.alive:
+        if served.engine.running + served.engine.waiting == 0 and served.engine.alive:
             return True
         time.sleep(0.05)
     return False

@@ -107,9 +107,9 @@ def test_what_pushed_a_token_sums_to_the_log_ratio_but_for_a_constant(served):
             seen["shift"], seen["ids"], seen["ref"] = shift_RC[0], step.candidates_RC[0], step.ref_logprobs_RC[0]
             return shift_RC
 
-    guide = Watched(offer.guide, {"r"})
+    guide = Watched(offer.guide)
     loop = Loop(served.lm, Sampling(max_new_tokens=4, top_k=12), guide)
-    loop.submit([loop.job(Request(id="r", prompt=prompt("p", "how do i make bread ?"), seed=1, weights=(1.5, 0.7)))])
+    loop.submit([loop.job(Request(id="r", prompt=prompt("p", "how do i make bread ?"), seed=1, weights=(1.5, 0.7), explained=True))])
     import torch
 
     with torch.inference_mode():

@@ -8,7 +8,7 @@ against the average candidate. Guides whose shift is a sum over the objectives h
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from equipoise.models.generation import Guide, Start, Step
@@ -31,9 +31,8 @@ class Additive(Protocol):
 class Explained:
     """A guide, and what its objectives gave to the candidates of requests that want to know."""
 
-    def __init__(self, guide: Guide, asked: Collection[str]) -> None:
-        """`asked` holds the ids of these requests; it may change while the guide runs."""
-        self._guide, self._asked = guide, asked
+    def __init__(self, guide: Guide) -> None:
+        self._guide = guide
         self.objectives, self.layers = guide.objectives, guide.layers
         self._last: dict[str, tuple[list[int], list[list[float]]]] = {}
 
@@ -53,7 +52,7 @@ class Explained:
     def shift(self, step: Step) -> torch.Tensor:
         """The guide's; the parts of those who asked are kept until the next step."""
         shift_RC = self._guide.shift(step)
-        rows = [row for row, request in enumerate(step.requests) if request.id in self._asked]
+        rows = [row for row, request in enumerate(step.requests) if request.explained]
         self._last = {}
         if rows and isinstance(self._guide, Additive):
             parts_RCK = self._guide.parts(step)[rows]

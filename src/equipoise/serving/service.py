@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,7 +98,6 @@ class Service:
         self.names = tuple(reward.name for reward in rewards)
         self.engine = Engine(self._conclude, limits.places, limits.queue)
         self.started = int(time.time())
-        self._explained: set[str] = set()
         self._encoding = threading.Lock()
         for offer in offers:
             unknown = [name for name in offer.objectives if offer.choice and name not in self.names]
@@ -140,15 +139,13 @@ class Service:
         plan = offer.plan(ask, self.limits.candidates)
         sampling = offer.sampling(ask, self.top_k, self.limits.places, min(self.limits.max_tokens, self.lm.context_length - 1))
         explains = explains and offer.explains
-        if explains:
-            self._explained.update(request.id for request in plan.requests)
-        guide = Explained(offer.guide, self._explained) if offer.guide is not None and offer.explains else offer.guide
+        guide = Explained(offer.guide) if offer.guide is not None and offer.explains else offer.guide
         # A response that is chosen among several is only there when all of them are.
         return Work(
             client=client,
             key=(offer.key, sampling.temperature, sampling.greedy),
             open=lambda: Loop(self.lm, sampling, guide),
-            requests=plan.requests,
+            requests=[replace(request, explained=explains) for request in plan.requests],
             ids=ask.ids,
             tell=tell,
             stop=tuple(stop),
@@ -166,8 +163,7 @@ class Service:
         prompts = {about.ask.prompt.id: about.ask.prompt for about in abouts}
         reward_NK = score(self.rewards, prompts, rollouts) if rollouts else np.zeros((0, len(self.rewards)))
         answers, at = [], 0
-        for work, about, own, wanted in zip(works, abouts, replies, scored, strict=True):
-            self._explained.difference_update(request.id for request in work.requests)
+        for about, own, wanted in zip(abouts, replies, scored, strict=True):
             part_NK = reward_NK[at : at + len(own)] if wanted else np.full((len(own), len(self.rewards)), np.nan)
             at += len(own) if wanted else 0
             answers.append(self._answer(about, own, part_NK, wanted))
