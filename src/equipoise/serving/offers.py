@@ -221,11 +221,22 @@ def _calibrated(guide: Guide | None) -> bool:
 
 
 def _describe(settings: Mapping[str, Any], choice: Choice | None) -> str:
-    from equipoise.stages.ways import WAYS
+    """A line for people; no path of the server's is in it."""
+    steered = next((text for name, text in _STEERED.items() if settings.get(name)), "")
+    chosen = f"{choice.how.replace('_', ' ')} {choice.n}" if choice else ""
+    return ", then ".join(part for part in (steered, chosen) if part)
 
-    steered = next((f"{name} {settings[name]}" for name in WAYS if settings.get(name)), "")
-    chosen = f"{choice.how} {choice.n}" if choice else ""
-    return ", ".join(part for part in (steered, chosen) if part) or "the model as it is"
+
+_STEERED = {
+    "values": "steered by values of the next token (MAVIS)",
+    "mixing": "tuned models, mixed by their logits (MOD)",
+    "guides": "rewards that read along, token by token (GenARM, PARM)",
+    "scorers": "reward models that read every candidate (ARGS, VAS)",
+    "messages": "a contrast of system messages",
+    "soup": "a weighted sum of adapters (rewarded soup)",
+    "policy": "a tuned policy",
+    "in_context": "a policy that is asked for scores (rewards-in-context)",
+}
 
 
 def _writes_prompts(guide: Guide | None) -> bool:
