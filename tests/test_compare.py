@@ -65,13 +65,17 @@ def test_every_method_has_its_metrics_and_is_tested_beside_others(compared):
     responses = {name: row["responses"] for name, row in methods.items()}
     assert responses == {"reference": 24, "contrast": 36, "contrast, best-of-2": 18, "best-of-2": 36, "best-of-4": 18}
     for name in names - {"reference"}:
-        assert all(np.isfinite(methods[name][key]["mean"]) for key in ("mean_inner_product", "regret", "epsilon", "sparsity", "spacing", "kl"))
+        assert all(
+            np.isfinite(methods[name][key]["mean"]) for key in ("mean_inner_product", "regret", "epsilon", "sparsity", "spacing", "kl")
+        )
     # nothing is asked of the reference, so that nothing is said of how it was followed
     assert methods["reference"]["mean_inner_product"]["mean"] is methods["reference"]["follows"][0]["mean"] is None
     plain = methods["reference"]["base_forwards"]
     assert methods["best-of-4"]["base_forwards"] == pytest.approx(4 * plain)
     assert methods["best-of-4"]["reward_calls"] == 4 * len(REWARDS)
-    assert methods["contrast"]["cost"] == pytest.approx((methods["contrast"]["base_forwards"] + methods["contrast"]["guide_forwards"]) / plain)
+    assert methods["contrast"]["cost"] == pytest.approx(
+        (methods["contrast"]["base_forwards"] + methods["contrast"]["guide_forwards"]) / plain
+    )
     for row in found["hypervolume"]:
         assert [at["ref_point_K"] for at in row["at"]] == [[-1.5, -1.5], [-0.5, -0.5]]
         assert row["at"][0]["mean"] >= row["value"] >= row["at"][1]["mean"]

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.evaluation.between import equal_length_difference, holm, swap_pvalues
-from equipoise.evaluation.front import bootstrap_indices, drawn_times, hypervolumes, interval_of, mean_interval, permutation_pvalue, resampled_front
+from equipoise.evaluation.front import (
+    bootstrap_indices,
+    drawn_times,
+    hypervolumes,
+    interval_of,
+    mean_interval,
+    permutation_pvalue,
+    resampled_front,
+)
 from equipoise.evaluation.front_metrics import mean_inner_product
 from equipoise.types import UserError
 

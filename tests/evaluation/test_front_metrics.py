@@ -18,8 +18,8 @@ from equipoise.evaluation.front_metrics import (
     mean_inner_product,
     mean_regret,
     regrets,
-    sparsity,
     spacing,
+    sparsity,
     spread,
     violations,
 )

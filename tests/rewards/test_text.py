@@ -190,7 +190,14 @@ def test_format_leaks(response):
 
 @pytest.mark.parametrize(
     "response",
-    ["", "The human body is a system.", "Ask the assistant: she knows.", "a < b and b > c", "### Ingredients:\n- flour", "An assistant\nhelps."],
+    [
+        "",
+        "The human body is a system.",
+        "Ask the assistant: she knows.",
+        "a < b and b > c",
+        "### Ingredients:\n- flour",
+        "An assistant\nhelps.",
+    ],
 )
 def test_what_is_no_format_leak(response):
     assert not text.leaks_format(response)

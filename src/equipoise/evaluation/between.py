@@ -67,13 +67,14 @@ def swap_pvalues(
     every = exact_patterns(len(a), n)
     extreme_M, rng = np.zeros(len(observed_M)), np.random.default_rng(seed)
     for start in range(0, n if every is None else len(every), _CHUNK):
-        if every is None:
-            sign_NP = 1.0 - 2.0 * rng.integers(0, 2, size=(min(_CHUNK, n - start), len(a)))
-        else:
-            sign_NP = every[start : start + _CHUNK]
+        sign_NP = _signs(rng, min(_CHUNK, n - start), len(a)) if every is None else every[start : start + _CHUNK]
         extreme_M += (np.abs(difference(sign_NP)) >= observed_M).sum(axis=0)
     p_M = (1 + extreme_M) / (n + 1) if every is None else extreme_M / len(every)
     return np.where(np.isnan(observed_M), np.nan, p_M)
+
+
+def _signs(rng: np.random.Generator, n: int, prompts: int) -> np.ndarray:
+    return 1.0 - 2.0 * rng.integers(0, 2, size=(n, prompts))
 
 
 def holm(p_M: Real[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:

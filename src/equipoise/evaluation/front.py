@@ -53,9 +53,7 @@ def hypervolume(points_NK: Real[np.ndarray, "N K"], ref_point_K: Sequence[float]
     return float(hypervolumes(_matrix(points_NK, "points"), ref_point_K))
 
 
-def hypervolumes(
-    points_BNK: Real[np.ndarray, "*B N K"], ref_point_K: Sequence[float] | Real[np.ndarray, " K"]
-) -> Float[np.ndarray, "*B"]:
+def hypervolumes(points_BNK: Real[np.ndarray, "*B N K"], ref_point_K: Sequence[float] | Real[np.ndarray, " K"]) -> Float[np.ndarray, "*B"]:
     """`hypervolume` of each of many fronts of N points."""
     import moocore
 
@@ -148,9 +146,7 @@ def drawn_times(indices: Int[np.ndarray, "n_boot P"]) -> Float[np.ndarray, "n_bo
     return np.concatenate([np.ones((1, prompts)), times_BP])
 
 
-def resampled_front(
-    reward_WPK: Real[np.ndarray, "W P K"], indices: Int[np.ndarray, "n_boot P"]
-) -> Float[np.ndarray, "n_boot+1 W K"]:
+def resampled_front(reward_WPK: Real[np.ndarray, "W P K"], indices: Int[np.ndarray, "n_boot P"]) -> Float[np.ndarray, "n_boot+1 W K"]:
     """W points, each the mean over prompts, [1 + n_boot, W, K]: row 0 of the data, the others of resampled prompts.
 
     All points share the resampled prompts, so that any formula of a front, applied row by row, has its estimate in row 0
@@ -161,9 +157,8 @@ def resampled_front(
     reward = np.asarray(reward_WPK, dtype=np.float64)
     if reward.ndim != 3:
         raise UserError(f"rewards of a front have the axes weights, prompts, objectives; got shape {reward.shape}")
-    points, prompts, objectives = reward.shape
-    _check_table(indices, prompts)
-    for k in range(objectives):
+    _check_table(indices, reward.shape[1])
+    for k in range(reward.shape[2]):
         _check_scored(reward[:, :, k].T, f"objective {k}")
     times_BP, scored = drawn_times(indices), ~np.isnan(reward)
     total, count = (np.tensordot(times_BP, np.moveaxis(part, 1, 0), axes=1) for part in (np.where(scored, reward, 0.0), scored))

@@ -77,7 +77,9 @@ def method_rows(summary: Summary, named: Mapping[str, Sequence[Point]]) -> list[
 def _price(summary: Summary, points: Sequence[Point]) -> dict[str, Any]:
     """Means over a method's points of what a response costs, and how many of its responses went wrong."""
     kl_BW1 = resampled_front(np.stack([p.kl_P for p in points])[..., None], summary.indices)
-    mean = {key: float(np.mean([getattr(p, key) for p in points])) for key in ("kl_floor", "base_forwards", "guide_forwards", "reward_calls")}
+    mean = {
+        key: float(np.mean([getattr(p, key) for p in points])) for key in ("kl_floor", "base_forwards", "guide_forwards", "reward_calls")
+    }
     total = {key: sum(getattr(p, key) for p in points) for key in ("responses", "unscored", "repetitive", "truncated", "leaks")}
     return {"kl": _estimate(kl_BW1[:, :, 0].mean(axis=1)), **mean, **total}
 

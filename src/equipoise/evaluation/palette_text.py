@@ -93,7 +93,11 @@ def applied_table(result: Mapping[str, Any]) -> str:
     head = ["ask", "dual", "objective", "base", "asked", "level, 95 %", "shortfall", "asked level is"]
     lines = [*_table(head, rows), *(line for row in result["palettes"] for line in _loop(row))]
     for dual, found in result.get("duals", {}).items():
-        certain = f"{100 * found['violation_rate']:.0f} % of {found['scored']} missed with the whole interval" if found["scored"] else "none scored"
+        certain = (
+            f"{100 * found['violation_rate']:.0f} % of {found['scored']} missed with the whole interval"
+            if found["scored"]
+            else "none scored"
+        )
         lines.append(f"{dual}: targets missed by {_number(found['target_error'])} sd on average, {certain}")
     return "\n".join(lines)
 

@@ -16,7 +16,21 @@ from typing import Any
 from equipoise.evaluation.drawing import Evaluation, Point, entry, number, point_names, weights_text
 from equipoise.evaluation.figures import bars_figure, front_figure, gain_per_compute_figure, gain_per_nat_figure
 from equipoise.evaluation.headline import headline, verdict
-from equipoise.evaluation.markup import Html, decimal, element, embedded_json, flatten, interval, join, multiple, note, percent, pvalue, table, text
+from equipoise.evaluation.markup import (
+    Html,
+    decimal,
+    element,
+    embedded_json,
+    flatten,
+    interval,
+    join,
+    multiple,
+    note,
+    percent,
+    pvalue,
+    table,
+    text,
+)
 from equipoise.evaluation.method_report import between_section, equal_length_table, hypervolume_section, methods_section, slips_table
 
 _EXAMPLES = 3

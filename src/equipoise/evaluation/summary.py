@@ -127,9 +127,7 @@ class Summary:
         pick_PG = best_of_n(score.reshape(-1, n)).reshape(score.shape[:2])
         choice_PG = np.take_along_axis(groups_PGN, pick_PG[..., None], axis=2)[..., 0]
         base = self.point(scored)
-        return self.point(
-            scored, choice_PG, method=method, weights=weights, kl_P=base.kl_P + best_of_n_kl(n), **self._candidates(base, n)
-        )
+        return self.point(scored, choice_PG, method=method, weights=weights, kl_P=base.kl_P + best_of_n_kl(n), **self._candidates(base, n))
 
     def resampled(self, scored: Scored, weights: tuple[float, ...], beta: float) -> Point:
         """One draw per prompt from softmax(score / beta) over all its samples."""
@@ -162,7 +160,7 @@ class Summary:
     def row(self, point: Point) -> dict[str, Any]:
         """A point as the report's table has it."""
         split = len(self.objectives)
-        means = [self.interval(point.z_PK[:, k]) for k in range(point.z_PK.shape[1])]
+        means = [self._interval(point.z_PK[:, k]) for k in range(point.z_PK.shape[1])]
         gains = [self.gain(point, k) for k in range(point.z_PK.shape[1])]
         return {
             "method": point.method,
@@ -185,10 +183,11 @@ class Summary:
             "source": point.source,
         }
 
-    def interval(self, values_P: np.ndarray) -> dict[str, float]:
+    def _interval(self, values_P: np.ndarray) -> dict[str, float]:
         return dict(zip(("mean", "lo", "hi"), mean_interval(values_P, self.indices), strict=True))
 
     def gain(self, point: Point, k: int) -> dict[str, float]:
+        """{mean, lo, hi} of the paired difference to the reference on objective or judge k."""
         return dict(zip(("mean", "lo", "hi"), paired_interval(point.z_PK[:, k], self.reference.z_PK[:, k], self.indices), strict=True))
 
     def front_point(self, point: Point) -> FrontPoint:

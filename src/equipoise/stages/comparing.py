@@ -173,7 +173,10 @@ def _evaluate(config: Compare, plan: Mapping[str, Any], grid: Any, prompts: Any)
         {"path": str(config.out / name), "sha256": digest, "what": "compare"} for name, digest in manifest["outputs"].items()
     ]
     write_json(config.out / "evaluation.json", result)
-    points = [read_point(config.out, "reference", None), *(read_point(config.out, name, w) for name, found in weights.items() for w in found)]
+    points = [
+        read_point(config.out, "reference", None),
+        *(read_point(config.out, name, w) for name, found in weights.items() for w in found),
+    ]
     write_table(config.out / "responses.parquet", response_table(points))
     page = config.out / "report.html"
     write_text(page, render_report(result))
