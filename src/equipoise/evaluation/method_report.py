@@ -32,8 +32,8 @@ _BETWEEN = (
     "product, smaller for the others; a higher KL is a price."
 )
 _SLIPS = (
-    f"Counts of responses: repetitive ones have more than {percent(REPETITIVE)} of their word 4-grams twice; cut off at the length cap; format "
-    "leaks hold a special token or a role name of a chat template. Of best-of-n, the chosen ones."
+    f"Counts of responses: repetitive ones have more than {percent(REPETITIVE)} of their word 4-grams twice; cut off at the length cap; "
+    "format leaks hold a special token or a role name of a chat template. Of best-of-n, the chosen ones."
 )
 _EQUAL_LENGTH = (
     "Gains over the reference, in standard deviations, and what is left of them where both answers are as long as each other: least "
