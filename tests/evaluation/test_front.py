@@ -239,6 +239,7 @@ def test_hypervolume_interval_leaves_an_unscored_point_out() -> None:
 def test_an_interval_of_replicates() -> None:
     assert interval_of(np.array([2.0, 0.0, 1.0, 1.0, 2.0]), level=0.5) == pytest.approx((2, 0.75, 1.25))
     assert np.isnan(interval_of(np.array([NAN, 1.0, 2.0]))).all()
+    assert interval_of(np.array([1.5, NAN, NAN])) == pytest.approx((1.5, NAN, NAN), nan_ok=True)
 
 
 def test_resampled_fronts_are_the_means_of_the_drawn_prompts() -> None:

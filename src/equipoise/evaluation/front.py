@@ -165,10 +165,10 @@ def resampled_front(reward_WPK: Real[np.ndarray, "W P K"], indices: Int[np.ndarr
     return divide(total, count)
 
 
-def interval_of(value_B: Float[np.ndarray, " n_boot+1"], level: float = 0.95) -> tuple[float, float, float]:
-    """(value, lo, hi) from an estimate in element 0 and its bootstrap in the rest; all NaN where the estimate is."""
-    if np.isnan(value_B[0]):
-        return float("nan"), float("nan"), float("nan")
+def interval_of(value_B: Float[np.ndarray, " B"], level: float = 0.95) -> tuple[float, float, float]:
+    """(value, lo, hi) from an estimate in element 0 and its bootstrap in the rest; no interval (NaN) where either is NaN."""
+    if np.isnan(value_B[0]) or np.isnan(value_B[1:]).all():
+        return float(value_B[0]), float("nan"), float("nan")
     return float(value_B[0]), *percentiles(value_B[1:], level)
 
 

@@ -64,7 +64,7 @@ def spacing(points_BWK: Real[np.ndarray, "*B W K"]) -> Float[np.ndarray, "*B"]:
     near = np.where(itself | np.isnan(distance), np.inf, distance).min(axis=-1)
     near = np.where(np.isinf(near), np.nan, near)
     off = np.nan_to_num(near - scored_mean(near, -1)[..., None]) ** 2
-    return np.sqrt(divide(off.sum(axis=-1), _count(points) - 1))
+    return np.asarray(np.sqrt(divide(off.sum(axis=-1), _count(points) - 1)))
 
 
 def spread(points_BWK: Real[np.ndarray, "*B W K"]) -> Float[np.ndarray, "*B K"]:
@@ -143,4 +143,4 @@ def _complete(points_BWK: np.ndarray) -> np.ndarray:
 
 
 def _count(complete_BWK: np.ndarray) -> np.ndarray:
-    return (~np.isnan(complete_BWK[..., 0])).sum(axis=-1)
+    return np.asarray((~np.isnan(complete_BWK[..., 0])).sum(axis=-1))
