@@ -108,8 +108,8 @@ def affordable(ladder: Mapping[int, Sequence[Point]], cost: float) -> int:
 def _between(
     summary: Summary, ours: str, other: str, a: Sequence[Point], b: Sequence[Point], ref_point_K: Sequence[float], n: int
 ) -> dict[str, Any]:
-    theirs = {p.weights: p for p in b if p.weights}
-    pairs = [(p, theirs[p.weights]) for p in a if p.weights in theirs]
+    theirs = {_rounded(p): p for p in b if p.weights}
+    pairs = [(p, theirs[_rounded(p)]) for p in a if _rounded(p) in theirs]
     row: dict[str, Any] = {"ours": ours, "other": other, "points": len(pairs), "cost": _cost(a), "other_cost": _cost(b), "metrics": []}
     if not pairs:
         return row
@@ -129,6 +129,11 @@ def _between(
     for m, (name, adjusted) in enumerate(zip(COMPARED, holm(p_M), strict=True)):
         row["metrics"].append({"name": name, "difference": _estimate(difference_BM[:, m]), "p": float(p_M[m]), "p_holm": float(adjusted)})
     return row
+
+
+def _rounded(point: Point) -> tuple[float, ...]:
+    """Weights as two methods may be asked for them, one in numbers and the other in text."""
+    return tuple(round(w, 9) for w in point.weights or ())
 
 
 def _columns(points: Sequence[Point], objectives: int) -> np.ndarray:
