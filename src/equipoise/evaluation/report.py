@@ -243,11 +243,11 @@ def _values(evaluation: Evaluation) -> Html:
         rows.append([f"{row['form']}, {row['objective']}", decimal(row.get("r2")), *(decimal(by_position.get(p)) for p in positions)])
     groups = [("", 1), ("", 1), ("at position (tokens of the response)", len(positions))] if positions else []
     found = table(["head", "R², all", *(f"{p:g}" for p in positions)], rows, groups, "R² of the value heads")
-    note = (
+    explained = (
         "R² on held-out prompts; 0 is no better than the mean. The teacher's is of the final reward, the single-pass form's of "
         "the teacher's advantage of each drawn token, the prefix form's of the teacher's value."
     )
-    return join(note(note), found) if found else found
+    return join(note(explained), found) if found else found
 
 
 def _calibration(evaluation: Evaluation) -> Html:
