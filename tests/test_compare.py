@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -12,8 +13,6 @@ from conftest import FOLDER_WORDS, build_llama
 from equipoise.cli import main
 from equipoise.data.prompts import load_prompts
 from equipoise.data.splits import opening
-from equipoise.evaluation.comparison import follows
-from equipoise.evaluation.summary import Point
 from equipoise.evaluation.sweep import read_point
 from equipoise.rollouts import read_rollouts
 from equipoise.runs import read_json
@@ -56,6 +55,61 @@ def test_every_method_meets_the_same_prompts_and_reference(compared):
     page = (compared / "report.html").read_text()
     assert "brief follows its weight" in page
     assert (compared / "front.svg").exists()
+
+
+def test_every_method_has_its_metrics_and_is_tested_beside_others(compared):
+    found = read_json(compared / "evaluation.json")
+    names = {"reference", "contrast", "contrast, best-of-2", "best-of-2", "best-of-4"}
+    methods = {row["method"]: row for row in found["methods"]}
+    assert set(methods) == {row["method"] for row in found["hypervolume"]} == names
+    responses = {name: row["responses"] for name, row in methods.items()}
+    assert responses == {"reference": 24, "contrast": 36, "contrast, best-of-2": 18, "best-of-2": 36, "best-of-4": 18}
+    for name in names - {"reference"}:
+        assert all(
+            np.isfinite(methods[name][key]["mean"]) for key in ("mean_inner_product", "regret", "epsilon", "sparsity", "spacing", "kl")
+        )
+    # nothing is asked of the reference, so that nothing is said of how it was followed
+    assert methods["reference"]["mean_inner_product"]["mean"] is methods["reference"]["follows"][0]["mean"] is None
+    plain = methods["reference"]["base_forwards"]
+    assert methods["best-of-4"]["base_forwards"] == pytest.approx(4 * plain)
+    assert methods["best-of-4"]["reward_calls"] == 4 * len(REWARDS)
+    assert methods["contrast"]["cost"] == pytest.approx(
+        (methods["contrast"]["base_forwards"] + methods["contrast"]["guide_forwards"]) / plain
+    )
+    for row in found["hypervolume"]:
+        assert [at["ref_point_K"] for at in row["at"]] == [[-1.5, -1.5], [-0.5, -0.5]]
+        assert row["at"][0]["mean"] >= row["value"] >= row["at"][1]["mean"]
+    pairs = [(row["ours"], row["other"]) for row in found["between"]]
+    assert pairs[0] == ("contrast", "contrast, best-of-2")
+    assert len(pairs) == 1 + 2
+    for row in found["between"]:
+        assert row["points"] == 3
+        assert all(m["p_holm"] is None or 1 >= m["p_holm"] >= m["p"] > 0 for m in row["metrics"])
+    ends = [(row["method"], row["objective"]) for row in found["equal_length"]]
+    assert ends[:2] == [("contrast", "brief"), ("contrast", "diverse")]
+    # brevity is minus the log length itself, so that nothing of it is left at equal length
+    brief = found["equal_length"][0]["gains"][0]
+    assert brief["name"] == "brief"
+    assert brief["equal_length"]["mean"] == pytest.approx(0, abs=1e-9)
+    assert brief["slope"]["mean"] < 0
+    assert [g["name"] for g in found["equal_length"][0]["gains"]] == ["brief", "readable"]
+    page = (compared / "report.html").read_text()
+    for title in ("Metrics of the fronts", "Methods side by side", "Responses that went wrong", "Gains at equal length"):
+        assert title in page
+
+
+def test_every_response_is_a_row_of_the_table(compared):
+    table = pq.read_table(compared / "responses.parquet").to_pylist()
+    assert len(table) == 24 + 3 * 12
+    half = read_point(compared, "contrast", (0.5, 0.5))
+    rows = [row for row in table if row["method"] == "contrast" and row["weights"] == [0.5, 0.5]]
+    assert [row["response_id"] for row in rows] == [r.id for r in half.rollouts]
+    assert [row["reward:diverse"] for row in rows] == pytest.approx(half.reward_NK[:, 1].tolist(), nan_ok=True)
+    first, sampled = rows[0], half.rollouts[0]
+    for name in ("prompt_id", "kl", "kl_floor", "base_forwards", "guide_forwards", "reward_calls", "finish_reason"):
+        assert first[name] == getattr(sampled, name)
+    assert first["tokens"] == len(sampled.tokens)
+    assert {row["weights"] is None for row in table if row["method"] == "reference"} == {True}
 
 
 def test_a_point_is_what_sample_draws(compared, tiny_folder, asked, tmp_path):
@@ -134,18 +188,6 @@ def test_bad_input_is_one_line_that_names_it(methods, more, says, tiny_folder, a
     error = capsys.readouterr().err.strip()
     assert says in error
     assert len(error.splitlines()) == 1
-
-
-def point(weights, z) -> Point:
-    price = {"kl": 0.0, "kl_floor": 0.0, "cost": 1.0, "words": 1.0, "refusals": 0.0, "truncated": 0.0, "unscored": 0, "responses": 1}
-    return Point(method="m", weights=weights, n=1, z_PK=np.array([z], dtype=float), tokens_per_s=None, source="", **price)
-
-
-def test_follows_by_hand():
-    # the first reward rises with its weight, the second falls with its own: 1 and -1
-    points = [point((0.0, 1.0), (0, 0)), point((0.5, 0.5), (1, 5)), point((1.0, 0.0), (2, 7))]
-    assert follows(points, 2) == pytest.approx([1.0, -1.0])
-    assert follows(points[:2], 2) == [None, None]
 
 
 def test_prompts_of_two_sources_in_one_file(asked, tmp_path):

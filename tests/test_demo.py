@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 SECTIONS = {
     "title", "model", "objectives", "judges", "ref_point_K", "sampling", "settings", "versions", "points", "hypervolume",
-    "equal_compute", "equal_kl", "examples", "values", "calibration", "files",
+    "methods", "between", "equal_length", "equal_compute", "equal_kl", "examples", "values", "calibration", "files",
 }  # fmt: skip
 
 

@@ -14,12 +14,14 @@ from equipoise.evaluation.front import (
     bootstrap_indices,
     dominates,
     hypervolume,
-    hypervolume_interval,
+    hypervolumes,
+    interval_of,
     mean_interval,
     non_dominated,
     paired_interval,
     permutation_pvalue,
     prompt_means,
+    resampled_front,
 )
 from equipoise.types import UserError
 
@@ -94,14 +96,6 @@ def test_hypervolume_refuses_what_has_no_answer() -> None:
 def test_hypervolume_equals_a_sweep(points: np.ndarray) -> None:
     ref = np.array([-1.0, -0.5])
     assert hypervolume(points, ref) == pytest.approx(sweep(points, ref), abs=1e-12)
-
-
-def test_hypervolume_equals_monte_carlo() -> None:
-    rng = np.random.default_rng(0)
-    points, draws = rng.random((6, 3)), rng.random((200_000, 3))
-    inside = np.any(np.all(draws[:, None, :] <= points, axis=2), axis=1)
-    error = 4 * inside.std() / np.sqrt(len(draws))
-    assert hypervolume(points, [0, 0, 0]) == pytest.approx(inside.mean(), abs=error)
 
 
 @given(st.sampled_from([2, 3]).flatmap(coordinates), st.randoms(use_true_random=False), st.floats(0, 3))
@@ -189,6 +183,10 @@ def test_too_few_scored_prompts_are_refused() -> None:
         mean_interval(np.ones(3), table, level=95)
 
 
+def hypervolume_interval(reward_WPK: np.ndarray, ref: list[float], table: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    return interval_of(hypervolumes(resampled_front(reward_WPK, table), ref), level)
+
+
 def test_hypervolume_interval_by_hand() -> None:
     # One point over two prompts at (0, 2) and (2, 2): the mean's first objective is 0, 1, 1, 2 over all resamples.
     reward, table = np.array([[[0.0, 2.0], [2.0, 2.0]]]), np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
@@ -236,6 +234,23 @@ def test_arrays_of_the_wrong_shape_are_refused() -> None:
 def test_hypervolume_interval_leaves_an_unscored_point_out() -> None:
     reward = np.stack([np.ones((4, 2)), np.full((4, 2), NAN)])
     assert hypervolume_interval(reward, [0, 0], bootstrap_indices(4, 20, seed=0)) == pytest.approx((1, 1, 1))
+
+
+def test_an_interval_of_replicates() -> None:
+    assert interval_of(np.array([2.0, 0.0, 1.0, 1.0, 2.0]), level=0.5) == pytest.approx((2, 0.75, 1.25))
+    assert np.isnan(interval_of(np.array([NAN, 1.0, 2.0]))).all()
+    assert interval_of(np.array([1.5, NAN, NAN])) == pytest.approx((1.5, NAN, NAN), nan_ok=True)
+
+
+def test_resampled_fronts_are_the_means_of_the_drawn_prompts() -> None:
+    rng = np.random.default_rng(8)
+    reward, table = rng.normal(size=(2, 5, 3)), bootstrap_indices(5, 7, seed=0)
+    reward[1, 3, 2] = NAN
+    found = resampled_front(reward, table)
+    assert found.shape == (8, 2, 3)
+    np.testing.assert_allclose(found[0], np.nanmean(reward, axis=1))
+    for row, prompts in zip(found[1:], table, strict=True):
+        np.testing.assert_allclose(row, np.nanmean(reward[:, prompts], axis=1))
 
 
 def test_permutation_pvalue_by_hand() -> None:

@@ -10,7 +10,7 @@ import pytest
 from equipoise.evaluation.palette_figures import asked_figure, distributions_figure, radar_figure, reachable_figure, region_figure
 from equipoise.evaluation.palette_text import applied_table, palette_table
 from equipoise.evaluation.palettes import applied_figures, palette_figures
-from equipoise.evaluation.realised import closed_loop, realised_levels, verdict
+from equipoise.evaluation.realised import closed_loop, realised_levels, target_misses, verdict
 from equipoise.palette.banks import Bank
 from equipoise.palette.confidence import Monitor
 from equipoise.palette.explore import explore
@@ -62,6 +62,17 @@ def test_the_interval_has_the_errors_of_the_bank_and_of_the_prompts():
 )
 def test_verdicts(lo, hi, floor, ceiling, says):
     assert verdict({"mean": 1.5, "lo": lo, "hi": hi}, floor, ceiling) == says
+
+
+def test_misses_by_hand():
+    # a floor missed by 0.5 of sd 2, a ceiling passed by 0.5 of sd 0.5, a floor that holds; the unscored one is left out
+    level, floor, ceiling = np.array([1.0, 2.5, 3.0, NAN]), np.array([1.5, -NONE, 1.0, 0.0]), np.array([NONE, 2.0, NONE, NONE])
+    found = target_misses(level, floor, ceiling, np.array([2.0, 0.5, 1.0, 1.0]), ["within", "missed", "met", "unscored"])
+    assert found["target_error"] == pytest.approx((0.25 + 1.0 + 0.0) / 3)
+    assert found["violation_rate"] == pytest.approx(1 / 3)
+    assert (found["targets"], found["scored"]) == (4, 3)
+    nothing = target_misses(level[3:], floor[3:], ceiling[3:], np.ones(1), ["unscored"])
+    assert np.isnan([nothing["target_error"], nothing["violation_rate"]]).all()
 
 
 def test_the_loop_corrects_in_turn():

@@ -169,6 +169,40 @@ def test_answers_are_not_refusals(response):
     assert not text.is_refusal(response)
 
 
+def test_repetitive_by_hand():
+    # eight words make five 4-grams; saying four words twice repeats one of them, three times two of nine, and one word for ever all but one
+    assert not text.is_repetitive("one two three four one two three four")
+    assert text.is_repetitive("one two " * 6)
+    assert text.is_repetitive("no " * 8)
+    assert not text.is_repetitive("no no")  # too short to have a 4-gram
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "Sure.<|im_end|>\n<|im_start|>user", "Yes</s>", "Fine. [INST] More [/INST]", "Bread.\n\nHuman: and wine?", "No.\nassistant\nYes.",
+        "### Response: Bread.", "Good <rm1_score> 0.5", "<start_of_turn>model", "BEGINNING OF CONVERSATION: USER: hi", "a [PAD] [PAD]",
+    ],
+)  # fmt: skip
+def test_format_leaks(response):
+    assert text.leaks_format(response)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "The human body is a system.",
+        "Ask the assistant: she knows.",
+        "a < b and b > c",
+        "### Ingredients:\n- flour",
+        "An assistant\nhelps.",
+    ],
+)
+def test_what_is_no_format_leak(response):
+    assert not text.leaks_format(response)
+
+
 def test_a_refusal_after_sympathy_is_found():
     assert text.is_refusal("I'm sorry to hear that, but I can't tell you how.")
 

@@ -11,10 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy.stats import spearmanr
-
-from equipoise.evaluation.evaluate import ends, examples_of
+from equipoise.evaluation.evaluate import examples_of
+from equipoise.evaluation.methods import affordable, between_rows, ends, equal_length_rows, hypervolume_rows, method_rows
 from equipoise.evaluation.summary import Point, Summary, at_kl
 from equipoise.evaluation.sweep import read_point
 from equipoise.objectives import Normaliser
@@ -54,6 +52,7 @@ def comparison_of(
     ref_point = [settings["ref_point"]] * len(objectives)
     methods = points | then
     named = methods | {f"best-of-{n}": found for n, found in ladder.items()}
+    fronts = {"reference": [summary.reference]} | named
     every = [summary.reference, *(p for found in named.values() for p in found)]
     shown = next(iter(scored.values()), [])
     return {
@@ -63,7 +62,10 @@ def comparison_of(
         "ref_point_K": ref_point,
         "points": [summary.row(p) for p in every],
         "front": [asdict(summary.front_point(p)) for p in every],
-        "hypervolume": _hypervolumes(summary, named, ref_point),
+        "hypervolume": hypervolume_rows(summary, fronts, ref_point),
+        "methods": method_rows(summary, fronts),
+        "between": between_rows(summary, methods, ladder, ref_point, settings["n_boot"]),
+        "equal_length": equal_length_rows(summary, named),
         "equal_compute": _equal_compute(summary, methods, ladder),
         "equal_kl": _equal_kl(summary, methods, ladder),
         "examples": examples_of(prompts, reference, shown, normaliser, settings["examples"]),
@@ -71,31 +73,12 @@ def comparison_of(
     }
 
 
-def follows(points: Sequence[Point], objectives: int) -> list[float | None]:
-    """Spearman's correlation of each objective's weight with its mean reward over a method's points; None below
-    three weights, and where either is constant.
-    """
-    weights_WK = np.array([p.weights for p in points if p.weights])
-    if len(weights_WK) < 3:
-        return [None] * objectives
-    mean_WK = np.array([np.nanmean(p.z_PK[:, :objectives], axis=0) for p in points if p.weights])
-    flat_K = (np.ptp(weights_WK, axis=0) == 0) | (np.ptp(mean_WK, axis=0) == 0)
-    return [None if flat_K[k] else float(spearmanr(weights_WK[:, k], mean_WK[:, k]).statistic) for k in range(objectives)]
-
-
-def _hypervolumes(summary: Summary, named: Mapping[str, Sequence[Point]], ref_point: list[float]) -> list[dict[str, Any]]:
-    rows = [summary.hypervolume([summary.reference], "reference", ref_point)]
-    for name, points in named.items():
-        rows.append(summary.hypervolume(points, name, ref_point) | {"follows": follows(points, len(ref_point))})
-    return sorted(rows, key=lambda row: row["cost"])
-
-
 def _equal_compute(summary: Summary, methods: Mapping[str, Sequence[Point]], ladder: Mapping[int, Sequence[Point]]) -> list[dict[str, Any]]:
     """Each end of each method against the largest best-of-n that costs no more (the reference, best-of-1, costs 1)."""
     rows = []
     for name, points in methods.items():
         for k, point in ends(points):
-            n = max((n for n in ladder if n <= point.cost + 0.05), default=1)
+            n = affordable(ladder, point.cost)
             other = dict(ends(ladder[n]))[k] if n > 1 else summary.reference
             rows.append(summary.compare(point, other.z_PK[:, k], k, ours=name, other=f"best-of-{n}", cost=point.cost))
     return rows

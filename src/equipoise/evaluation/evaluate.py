@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from equipoise.evaluation.methods import between_rows, ends, equal_length_rows, hypervolume_rows, method_rows
 from equipoise.evaluation.summary import Point, Summary, at_kl
-from equipoise.evaluation.sweep import Scored, read_point
+from equipoise.evaluation.sweep import Scored, point_folder, read_point
 from equipoise.models.value_heads import ValueHeads
 from equipoise.objectives import Normaliser, simplex_grid, weight_label
 from equipoise.runs import read_json
@@ -35,6 +36,9 @@ def evaluation_of(
     chosen = [p for groups in (both, best) for group in groups.values() for p in group]
     points = [summary.reference, *ours, *chosen, *drawn]
     ref_point = [settings["ref_point"]] * len(heads.objectives)
+    methods = {"single-pass": ours} | {f"guided best-of-{n}": found for n, found in both.items()} | {"resampling": drawn}
+    named = methods | {f"best-of-{n}": found for n, found in best.items()}
+    fronts = {"reference (= best-of-1)": [summary.reference]} | named
     return {
         "title": "One model, steered between " + " and ".join(heads.objectives),
         "objectives": list(heads.objectives),
@@ -43,7 +47,10 @@ def evaluation_of(
         "settings": {"sweep": dict(sweep), "evaluate": dict(settings)},
         "points": [*(summary.row(p) for p in points), *prefix],
         "front": [asdict(summary.front_point(p)) for p in points],
-        "hypervolume": _hypervolumes(summary, ours, both, best, drawn, ref_point),
+        "hypervolume": hypervolume_rows(summary, fronts, ref_point),
+        "methods": method_rows(summary, fronts),
+        "between": between_rows(summary, methods, best, ref_point, settings["n_boot"]),
+        "equal_length": equal_length_rows(summary, named),
         "equal_compute": _equal_compute(summary, ours, both, best),
         "equal_kl": _equal_kl(summary, ours, best),
         "examples": examples_of(prompts, reference, steered, heads.normaliser, settings["examples"]),
@@ -55,10 +62,7 @@ def evaluation_of(
 def _prefix(folder: Path, heads: ValueHeads, settings: Mapping[str, Any], grid: Sequence[tuple[float, ...]]) -> list[dict[str, Any]]:
     """The prefix form's points, against the reference's samples of the same prompts."""
     rows = []
-    for weights in grid:
-        if not (folder / "prefix" / ("w" + "_".join(f"{w:g}" for w in weights))).exists():
-            continue
-        scored = read_point(folder, "prefix", weights)
+    for scored in _where_sampled(folder, "prefix", grid):
         asked = {r.prompt_id for r in scored.rollouts}
         reference = read_point(folder, "reference", None)
         keep = [i for i, r in enumerate(reference.rollouts) if r.prompt_id in asked]
@@ -67,27 +71,6 @@ def _prefix(folder: Path, heads: ValueHeads, settings: Mapping[str, Any], grid: 
         summary = Summary(few, heads.normaliser, settings["n_boot"], settings["seed"])
         rows.append(summary.row(summary.point(scored)))
     return rows
-
-
-def ends(points: Sequence[Point]) -> list[tuple[int, Point]]:
-    """(objective, point with all weight on it)."""
-    return [(p.weights.index(1.0), p) for p in points if p.weights and max(p.weights) == 1.0]
-
-
-def _hypervolumes(
-    summary: Summary,
-    ours: list[Point],
-    both: dict[int, list[Point]],
-    best: dict[int, list[Point]],
-    drawn: list[Point],
-    ref_point: list[float],
-) -> list[dict[str, Any]]:
-    rows = [summary.hypervolume([summary.reference], "reference (= best-of-1)", ref_point)]
-    rows.append(summary.hypervolume(ours, "single-pass", ref_point))
-    rows += [summary.hypervolume(points, f"best-of-{n}", ref_point) for n, points in best.items()]
-    rows += [summary.hypervolume(points, f"guided best-of-{n}", ref_point) for n, points in both.items()]
-    rows.append(summary.hypervolume(drawn, "resampling", ref_point))
-    return sorted(rows, key=lambda r: r["cost"])
 
 
 def _equal_compute(summary: Summary, ours: list[Point], both: dict[int, list[Point]], best: dict[int, list[Point]]) -> list[dict[str, Any]]:
@@ -110,6 +93,17 @@ def _equal_kl(summary: Summary, ours: list[Point], best: dict[int, list[Point]])
         other = at_kl(ladder, point.kl, k)
         rows.append(summary.compare(point, other, k, ours="single-pass", other="best-of-n", kl=point.kl))
     return rows
+
+
+def points_of(folder: Path, objectives: int, steps: int) -> list[Scored]:
+    """Every point that a sweep sampled."""
+    grid = simplex_grid(objectives, steps)
+    steered = [scored for method in ("single-pass", "prefix") for scored in _where_sampled(folder, method, grid)]
+    return [read_point(folder, "reference", None), *steered]
+
+
+def _where_sampled(folder: Path, method: str, grid: Sequence[tuple[float, ...]]) -> list[Scored]:
+    return [read_point(folder, method, w) for w in grid if point_folder(folder, method, w).exists()]
 
 
 def examples_of(

@@ -50,14 +50,23 @@ def hypervolume(points_NK: Real[np.ndarray, "N K"], ref_point_K: Sequence[float]
     every objective add 0. Raises `UserError` for a reference point that isn't finite or of another size, and for
     infinite points.
     """
+    return float(hypervolumes(_matrix(points_NK, "points"), ref_point_K))
+
+
+def hypervolumes(points_BNK: Real[np.ndarray, "*B N K"], ref_point_K: Sequence[float] | Real[np.ndarray, " K"]) -> Float[np.ndarray, "*B"]:
+    """`hypervolume` of each of many fronts of N points."""
     import moocore
 
-    points, ref_point = _matrix(points_NK, "points"), _ref_point(ref_point_K, np.shape(points_NK)[-1])
-    points = points[~np.isnan(points).any(axis=1)]
+    points = np.asarray(points_BNK, dtype=np.float64)
+    ref_point = _ref_point(ref_point_K, points.shape[-1])
     if np.isinf(points).any():
         raise UserError("a point of the front is infinite, so its hypervolume is too; look for a reward that overflows")
-    above = points[np.all(points > ref_point, axis=1)]
-    return float(moocore.hypervolume(above, ref=ref_point, maximise=True)) if len(above) else 0.0
+    above = np.all(points > ref_point, axis=-1)  # a NaN isn't
+    found = np.zeros(points.shape[:-2])
+    for at in np.ndindex(found.shape):
+        if above[at].any():
+            found[at] = moocore.hypervolume(points[at][above[at]], ref=ref_point, maximise=True)
+    return found
 
 
 def prompt_means(reward_NK: Real[np.ndarray, "N K"], prompt_ids: Sequence[str]) -> tuple[tuple[str, ...], Float[np.ndarray, "P K"]]:
@@ -66,7 +75,7 @@ def prompt_means(reward_NK: Real[np.ndarray, "N K"], prompt_ids: Sequence[str]) 
     A prompt without a scored response has NaN. Raises `UserError` where ids and rows differ in number.
     """
     ids, total_PK, count_PK = _totals(reward_NK, prompt_ids)
-    return ids, _divide(total_PK, count_PK)
+    return ids, divide(total_PK, count_PK)
 
 
 def resampled_means(
@@ -81,10 +90,8 @@ def resampled_means(
     row 0 and its bootstrap in the rest. Raises `UserError` for fewer than 2 prompts.
     """
     ids, total_PS, count_PS = _totals(value_NS, prompt_ids)
-    drawn = bootstrap_indices(len(ids), n_boot, seed) + len(ids) * np.arange(n_boot)[:, None]
-    times_BP = np.bincount(drawn.ravel(), minlength=n_boot * len(ids)).reshape(n_boot, len(ids))
-    times_BP = np.concatenate([np.ones((1, len(ids))), times_BP])
-    return _divide(times_BP @ total_PS, times_BP @ count_PS)
+    times_BP = drawn_times(bootstrap_indices(len(ids), n_boot, seed))
+    return divide(times_BP @ total_PS, times_BP @ count_PS)
 
 
 def _totals(reward_NK: np.ndarray, prompt_ids: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
@@ -120,8 +127,8 @@ def mean_interval(
     values = _vector(values_P)
     _check_table(indices, len(values))
     _check_scored(values, "values")
-    lo, hi = percentiles(_mean(values[indices], axis=1), level)
-    return float(_mean(values, axis=0)), lo, hi
+    lo, hi = percentiles(scored_mean(values[indices], axis=1), level)
+    return float(scored_mean(values, axis=0)), lo, hi
 
 
 def paired_interval(
@@ -131,19 +138,21 @@ def paired_interval(
     return mean_interval(_difference(a_P, b_P), indices, level)
 
 
-def hypervolume_interval(
-    reward_WPK: Real[np.ndarray, "W P K"],
-    ref_point_K: Sequence[float] | Real[np.ndarray, " K"],
-    indices: Int[np.ndarray, "n_boot P"],
-    level: float = 0.95,
-) -> tuple[float, float, float]:
-    """(value, lo, hi) of the hypervolume of W points, each the mean over prompts; all points share the resampled prompts.
+def drawn_times(indices: Int[np.ndarray, "n_boot P"]) -> Float[np.ndarray, "n_boot+1 P"]:
+    """How often each resample drew each prompt, [1 + n_boot, P]; row 0 is the data, every prompt once."""
+    n_boot, prompts = indices.shape
+    drawn = indices + prompts * np.arange(n_boot)[:, None]
+    times_BP = np.bincount(drawn.ravel(), minlength=n_boot * prompts).reshape(n_boot, prompts)
+    return np.concatenate([np.ones((1, prompts)), times_BP])
 
-        value = HV(mean_p reward_WPK),  replicate b = HV(mean over indices_b of reward_WPK)
 
-    In the product of the objectives' units. A maximum over noisy points is biased upwards, more so for many close
-    points, and the interval isn't corrected for it: compare methods at the same W. Raises `UserError` for fewer than 2
-    prompts and for an objective that no point was scored on.
+def resampled_front(reward_WPK: Real[np.ndarray, "W P K"], indices: Int[np.ndarray, "n_boot P"]) -> Float[np.ndarray, "n_boot+1 W K"]:
+    """W points, each the mean over prompts, [1 + n_boot, W, K]: row 0 of the data, the others of resampled prompts.
+
+    All points share the resampled prompts, so that any formula of a front, applied row by row, has its estimate in row 0
+    and its bootstrap in the rest (`interval_of`). A maximum over noisy points is biased upwards, more so for many close
+    points, and its interval isn't corrected for it: compare methods at the same W. NaN where no drawn prompt is scored.
+    Raises `UserError` for fewer than 2 prompts and for an objective that no point was scored on.
     """
     reward = np.asarray(reward_WPK, dtype=np.float64)
     if reward.ndim != 3:
@@ -151,9 +160,16 @@ def hypervolume_interval(
     _check_table(indices, reward.shape[1])
     for k in range(reward.shape[2]):
         _check_scored(reward[:, :, k].T, f"objective {k}")
-    value = hypervolume(_mean(reward, axis=1), ref_point_K)
-    replicates = np.array([hypervolume(_mean(reward[:, rows], axis=1), ref_point_K) for rows in indices])
-    return value, *percentiles(replicates, level)
+    times_BP, scored = drawn_times(indices), ~np.isnan(reward)
+    total, count = (np.tensordot(times_BP, np.moveaxis(part, 1, 0), axes=1) for part in (np.where(scored, reward, 0.0), scored))
+    return divide(total, count)
+
+
+def interval_of(value_B: Float[np.ndarray, " B"], level: float = 0.95) -> tuple[float, float, float]:
+    """(value, lo, hi) from an estimate in element 0 and its bootstrap in the rest; no interval (NaN) where either is NaN."""
+    if np.isnan(value_B[0]) or np.isnan(value_B[1:]).all():
+        return float(value_B[0]), float("nan"), float("nan")
+    return float(value_B[0]), *percentiles(value_B[1:], level)
 
 
 def percentiles(replicates: Real[np.ndarray, " n_boot"], level: float = 0.95) -> tuple[float, float]:
@@ -187,15 +203,22 @@ def permutation_pvalue(a_P: Real[np.ndarray, " P"], b_P: Real[np.ndarray, " P"],
     difference = difference[~np.isnan(difference)]
     # Sums that are equal in exact arithmetic must tie, or p would depend on the order of the additions.
     observed = abs(difference.sum()) - 1e-12 * np.abs(difference).sum()
-    patterns = 1 << min(len(difference), 62)
-    if patterns <= min(n, _EXACT_FLIPS):
-        bits = (np.arange(patterns)[:, None] >> np.arange(len(difference))) & 1
-        return float(np.mean(np.abs((1.0 - 2.0 * bits) @ difference) >= observed))
+    every = exact_patterns(len(difference), n)
+    if every is not None:
+        return float(np.mean(np.abs(every @ difference) >= observed))
     rng, extreme = np.random.default_rng(seed), 0
     for start in range(0, n, _CHUNK):
         signs = 1.0 - 2.0 * rng.integers(0, 2, size=(min(_CHUNK, n - start), len(difference)))
         extreme += int(np.sum(np.abs(signs @ difference) >= observed))
     return (1 + extreme) / (n + 1)
+
+
+def exact_patterns(prompts: int, n: int) -> np.ndarray | None:
+    """All 2^P patterns of signs, [2^P, P], where they are at most n and at most 16384; None where they are more."""
+    patterns = 1 << min(prompts, 62)
+    if patterns > min(n, _EXACT_FLIPS):
+        return None
+    return 1.0 - 2.0 * ((np.arange(patterns)[:, None] >> np.arange(prompts)) & 1)
 
 
 def _matrix(values: np.ndarray, what: str) -> np.ndarray:
@@ -241,10 +264,12 @@ def _check_scored(values: np.ndarray, what: str) -> None:
         raise UserError(f"{what}: {found} of {len(values)} prompts are scored; an interval needs at least 2")
 
 
-def _divide(total: np.ndarray | np.generic, count: np.ndarray | np.generic) -> np.ndarray:
+def divide(total: np.ndarray | np.generic, count: np.ndarray | np.generic) -> np.ndarray:
+    """total / count, NaN where the count isn't above 0."""
     return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=np.asarray(count) > 0)
 
 
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+def scored_mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """The mean over an axis of what is scored, NaN where nothing is."""
     scored = ~np.isnan(values)
-    return _divide(np.where(scored, values, 0.0).sum(axis=axis), scored.sum(axis=axis))
+    return divide(np.where(scored, values, 0.0).sum(axis=axis), scored.sum(axis=axis))

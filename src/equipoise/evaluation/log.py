@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from equipoise.evaluation.front import bootstrap_indices, mean_interval, prompt_means
+from equipoise.evaluation.sweep import Scored
+from equipoise.rewards.text import is_repetitive, leaks_format
 from equipoise.runs import write_atomic
 from equipoise.types import Rewards, Rollout
 
@@ -42,6 +44,24 @@ def prompt_table(rollouts: Sequence[Rollout], rewards: Rewards, weights: Sequenc
 
 def _sampled(rollout: Rollout) -> float:
     return float(np.sum(rollout.logprobs) - np.sum(rollout.ref_logprobs))
+
+
+def response_table(points: Sequence[Scored]) -> dict[str, list[Any]]:
+    """Columns of a comparison's table, a row per sampled response of every point: its scores as they were given, and its price."""
+    rows = [(point, rollout) for point in points for rollout in point.rollouts]
+    columns: dict[str, list[Any]] = {
+        "method": [p.method for p, _ in rows],
+        "weights": [None if p.weights is None else list(p.weights) for p, _ in rows],
+        "prompt_id": [r.prompt_id for _, r in rows],
+        "response_id": [r.id for _, r in rows],
+    }
+    reward_RK = np.concatenate([p.reward_NK for p in points])
+    columns |= {f"reward:{name}": reward_RK[:, k].tolist() for k, name in enumerate(points[0].names)}
+    columns |= {name: [getattr(r, name) for _, r in rows] for name in ("kl", "kl_floor")}
+    columns["tokens"] = [len(r.tokens) for _, r in rows]
+    columns |= {name: [getattr(r, name) for _, r in rows] for name in ("base_forwards", "guide_forwards", "reward_calls", "finish_reason")}
+    columns |= {name: [check(r.text) for _, r in rows] for name, check in (("repetitive", is_repetitive), ("leaks_format", leaks_format))}
+    return columns
 
 
 def trials_of(rollouts: Sequence[Rollout]) -> np.ndarray:
@@ -100,7 +120,7 @@ def _interval(values: Sequence[float], indices: np.ndarray | None) -> dict[str, 
 
 
 def write_table(path: Path, table: dict[str, list[Any]]) -> None:
-    """The table of prompts as Parquet."""
+    """A table as Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

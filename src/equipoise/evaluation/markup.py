@@ -39,6 +39,16 @@ def element(tag: str, *children: object, **attributes: str) -> Html:
     return Html(f"<{tag}{opening}>{''.join(text(child) for child in children)}</{tag}>")
 
 
+def join(*parts: object) -> Html:
+    """One after the other."""
+    return Html("".join(text(part) for part in parts))
+
+
+def note(*parts: object) -> Html:
+    """A paragraph that explains what stands below it."""
+    return element("p", *parts, class_="soft")
+
+
 def decimal(value: Any, digits: int = 2, sign: bool = False) -> str:
     """A number with so many decimals, or an en dash; what rounds to zero has no sign."""
     found = number(value)
@@ -54,6 +64,11 @@ def percent(value: Any, digits: int = 0) -> str:
     """A share as a percentage, or an en dash."""
     found = number(value)
     return MISSING if found is None else f"{decimal(100 * found, digits)}\u00a0%"
+
+
+def multiple(value: Any) -> str:
+    """A multiple of something, "1.25×", or an en dash."""
+    return decimal(value) + ("" if number(value) is None else "×")
 
 
 def pvalue(value: Any) -> str:

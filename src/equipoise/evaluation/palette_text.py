@@ -91,7 +91,15 @@ def applied_table(result: Mapping[str, Any]) -> str:
                  _number(row["shortfall"][name]), row["verdict"][name]]
             )  # fmt: skip
     head = ["ask", "dual", "objective", "base", "asked", "level, 95 %", "shortfall", "asked level is"]
-    return "\n".join([*_table(head, rows), *(line for row in result["palettes"] for line in _loop(row))])
+    lines = [*_table(head, rows), *(line for row in result["palettes"] for line in _loop(row))]
+    for dual, found in result.get("duals", {}).items():
+        certain = (
+            f"{100 * found['violation_rate']:.0f} % of {found['scored']} missed with the whole interval"
+            if found["scored"]
+            else "none scored"
+        )
+        lines.append(f"{dual}: targets missed by {_number(found['target_error'])} sd on average, {certain}")
+    return "\n".join(lines)
 
 
 def _loop(row: Mapping[str, Any]) -> list[str]:

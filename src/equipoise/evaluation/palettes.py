@@ -9,7 +9,7 @@ import numpy as np
 
 from equipoise.decoding.palette import choose
 from equipoise.evaluation import palette_figures as draw
-from equipoise.evaluation.realised import closed_loop, realised_levels, verdict
+from equipoise.evaluation.realised import closed_loop, realised_levels, target_misses, verdict
 from equipoise.palette.banks import Bank
 from equipoise.palette.confidence import Monitor
 from equipoise.palette.dual import Problem, law, shortfall
@@ -78,7 +78,18 @@ def applied(
         if loop:
             row["closed_loop"] = _looped(record, names, candidates[:, :, columns], seeds)
         rows.append(row)
-    return {"objectives": list(objectives), "responses": len(requests), "prompts": len(set(prompts)), "palettes": rows}
+    served = list(zip(rows, records, strict=True))
+    duals = {dual: _misses([(row, r) for row, r in served if r["dual"] == dual]) for dual in dict.fromkeys(r["dual"] for r in records)}
+    return {"objectives": list(objectives), "responses": len(requests), "prompts": len(set(prompts)), "palettes": rows, "duals": duals}
+
+
+def _misses(served: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, float | int]:
+    """`target_misses` over every objective that these palettes asked for."""
+    asked = [(row, record, name) for row, record in served for name in record["multipliers"]]
+    level_N = np.array([row["levels"][name]["expected"]["mean"] for row, _, name in asked], dtype=np.float64)  # None becomes NaN
+    floor_N, ceiling_N = np.array([_bounds(record, name) for _, record, name in asked]).reshape(-1, 2).T
+    sd_N = np.array([record["sd"][name] for _, record, name in asked])
+    return target_misses(level_N, floor_N, ceiling_N, sd_N, [row["verdict"][name] for row, _, name in asked])
 
 
 def _bounds(record: Mapping[str, Any], name: str) -> tuple[float, float]:

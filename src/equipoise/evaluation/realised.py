@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 
 from equipoise.decoding.palette import choose, tilt
 from equipoise.decoding.resampling import resampling_kl, resampling_probabilities
-from equipoise.evaluation.front import bootstrap_indices, mean_interval, prompt_means
+from equipoise.evaluation.front import bootstrap_indices, mean_interval, prompt_means, scored_mean
 from equipoise.palette.confidence import Monitor
+from equipoise.palette.dual import shortfall
 
 
 def realised_levels(
@@ -87,6 +88,29 @@ def verdict(level: Mapping[str, float | None], floor: float, ceiling: float) -> 
     if hi < floor or lo > ceiling:
         return "missed"
     return "met" if lo >= floor and hi <= ceiling else "within"
+
+
+def target_misses(
+    level_N: Float[np.ndarray, " N"],
+    floor_N: Float[np.ndarray, " N"],
+    ceiling_N: Float[np.ndarray, " N"],
+    sd_N: Float[np.ndarray, " N"],
+    verdicts: Sequence[str],
+) -> dict[str, float | int]:
+    """Of N targets, one for each objective of each palette: how far they were missed, and how often for certain.
+
+        target_error = mean_n max(floor - level, level - ceiling, 0) / sd,   violation_rate = mean_n [verdict is "missed"]
+
+    In standard deviations of the objective's rewards, over the targets whose level was scored; NaN where none was.
+    """
+    error_N = shortfall(level_N, floor_N, ceiling_N) / sd_N
+    judged = [v == "missed" for v in verdicts if v != "unscored"]
+    return {
+        "targets": len(level_N),
+        "scored": len(judged),
+        "target_error": float(scored_mean(error_N, axis=0)),
+        "violation_rate": float(np.mean(judged)) if judged else float("nan"),
+    }
 
 
 def closed_loop(

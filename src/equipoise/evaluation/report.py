@@ -16,7 +16,22 @@ from typing import Any
 from equipoise.evaluation.drawing import Evaluation, Point, entry, number, point_names, weights_text
 from equipoise.evaluation.figures import bars_figure, front_figure, gain_per_compute_figure, gain_per_nat_figure
 from equipoise.evaluation.headline import headline, verdict
-from equipoise.evaluation.markup import Html, decimal, element, embedded_json, flatten, interval, percent, pvalue, table, text
+from equipoise.evaluation.markup import (
+    Html,
+    decimal,
+    element,
+    embedded_json,
+    flatten,
+    interval,
+    join,
+    multiple,
+    note,
+    percent,
+    pvalue,
+    table,
+    text,
+)
+from equipoise.evaluation.method_report import between_section, equal_length_table, hypervolume_section, methods_section, slips_table
 
 _EXAMPLES = 3
 _PAIRS = 6
@@ -42,7 +57,9 @@ def render_report(evaluation: dict[str, Any]) -> str:
     sections = [
         ("front", "The front", _front(evaluation)),
         ("points", "All points", _points(evaluation)),
-        ("hypervolume", "Hypervolume", _hypervolume(evaluation)),
+        ("hypervolume", "Hypervolume", hypervolume_section(evaluation)),
+        ("methods", "Metrics of the fronts", methods_section(evaluation)),
+        ("between", "Methods side by side", between_section(evaluation)),
         ("equal", "At equal KL and at equal compute", _equal(evaluation)),
         ("gain", "What a nat and a token buy", _gain(evaluation)),
         ("gaming", "Length and refusals", _gaming(evaluation)),
@@ -81,14 +98,6 @@ def _head(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def _join(*parts: object) -> Html:
-    return Html("".join(text(part) for part in parts))
-
-
-def _note(*parts: object) -> Html:
-    return element("p", *parts, class_="soft")
-
-
 def _figures(*drawn: tuple[str, str]) -> Html:
     """(SVG, caption) pairs side by side where there is room; empty ones are left out."""
     cards = [element("figure", element("div", Html(svg)), element("figcaption", caption)) for svg, caption in drawn if svg]
@@ -124,8 +133,8 @@ def _points(evaluation: Evaluation) -> Html:
     found = table(head, rows, groups, "Table of points")
     if not found:
         return found
-    return _join(
-        _note(
+    return join(
+        note(
             "Means with 95 % intervals over prompts. Rewards are in standard deviations of the reference's reward, 0 being its mean; the "
             "gain is the difference to the reference on the same prompts. The floor is the KL of keeping only the likeliest tokens, which "
             "every method pays; it isn't part of the KL beside it. Cost 1 is one plain response, in "
@@ -139,7 +148,7 @@ def _point_row(point: Point, name: str, objectives: int, judges: int) -> list[ob
     candidates = point.get("n_candidates") or 1
     ambiguous = name == point["label"] != point["method"]
     return [
-        _join(point["method"], f", n\u00a0=\u00a0{candidates}" if candidates > 1 else "", element("small", name) if ambiguous else ""),
+        join(point["method"], f", n\u00a0=\u00a0{candidates}" if candidates > 1 else "", element("small", name) if ambiguous else ""),
         weights_text(point.get("weights")),
         *(interval(entry(point.get("reward"), k)) for k in range(objectives)),
         *(interval(entry(point.get("gain"), k), sign=True) for k in range(objectives)),
@@ -149,39 +158,12 @@ def _point_row(point: Point, name: str, objectives: int, judges: int) -> list[ob
         percent(point.get("truncated"), 1),
         decimal(point.get("kl")),
         decimal(point.get("kl_floor")),
-        _multiple(point.get("cost")),
+        multiple(point.get("cost")),
         decimal(point.get("tokens_per_s"), 0),
         decimal(point.get("n"), 0),
         decimal(point.get("n_unscored"), 0),
         element("code", point.get("source")),
     ]
-
-
-def _multiple(cost: Any) -> str:
-    return decimal(cost) + ("" if number(cost) is None else "×")
-
-
-def _hypervolume(evaluation: Evaluation) -> Html:
-    measured = evaluation.get("hypervolume") or []
-    followed = evaluation["objectives"] if any(r.get("follows") for r in measured) else []
-    rows = [
-        [r["method"], _multiple(r.get("cost")), interval(r, 3, key="value"), *map(decimal, r.get("follows") or [None] * len(followed))]
-        for r in measured
-    ]
-    head = ["method", "cost", "hypervolume [95 %]", *(f"{name} follows its weight" for name in followed)]
-    found = table(head, rows, name="Hypervolume of each method")
-    if not found:
-        return found
-    corner = ", ".join(decimal(r) for r in evaluation.get("ref_point_K") or [])
-    return _join(
-        _note(
-            f"The volume that a method's points dominate above the reference point ({corner}) of ({', '.join(evaluation['objectives'])}), "
-            "in standard deviations of the reference's rewards, all maximised; the exact volume of the mean rewards, with intervals that "
-            "resample prompts. Larger is better; compare methods with the same number of points."
-            + (" An objective follows its weight by Spearman's correlation over a method's points." if followed else "")
-        ),
-        found,
-    )
 
 
 def _equal(evaluation: Evaluation) -> Html:
@@ -191,7 +173,7 @@ def _equal(evaluation: Evaluation) -> Html:
             (
                 r["objective"],
                 f"{r['ours']} − {r['other']}",
-                decimal(r.get("kl")) if key == "equal_kl" else _multiple(r.get("cost")),
+                decimal(r.get("kl")) if key == "equal_kl" else multiple(r.get("cost")),
                 interval(r.get("difference"), sign=True),
                 pvalue(r.get("p")),
                 verdict(r),
@@ -200,11 +182,11 @@ def _equal(evaluation: Evaluation) -> Html:
         ]
         if rows:
             head = ["objective", "difference between", what, "difference, sd [95 %]", "p", "ahead"]
-            parts.append(_join(element("h3", title), table(head, rows, name=title)))
+            parts.append(join(element("h3", title), table(head, rows, name=title)))
     if not parts:
         return Html("")
-    return _join(
-        _note(
+    return join(
+        note(
             "Differences on the same prompts; p from a two-sided paired permutation test. Nobody is called ahead where the interval "
             "holds 0. Neither is corrected for the number of comparisons."
         ),
@@ -226,8 +208,9 @@ def _gaming(evaluation: Evaluation) -> Html:
     drawn = bars_figure(evaluation)
     if not drawn:
         return Html("")
+    parts = (slips_table(evaluation), equal_length_table(evaluation))
     warning = "These rewards can be gamed: look here. A gain that comes with longer answers or more refusals may be no more than that."
-    return _join(element("p", warning), _figures((drawn, "Mean rewards, words per response and share of refusals of each point.")))
+    return join(element("p", warning), _figures((drawn, "Mean rewards, words per response and share of refusals of each point.")), *parts)
 
 
 def _examples(evaluation: Evaluation) -> Html:
@@ -239,8 +222,8 @@ def _examples(evaluation: Evaluation) -> Html:
         parts.append(element("div", example["prompt"], class_="prompt", dir="auto"))
         parts.append(element("div", *cards, class_="responses", tabindex="0", role="region", aria_label=f"Responses to prompt {index}"))
     if len(examples) > _EXAMPLES:
-        parts.append(_note(f"{len(examples) - _EXAMPLES} more in the data."))
-    return _join(*parts)
+        parts.append(note(f"{len(examples) - _EXAMPLES} more in the data."))
+    return join(*parts)
 
 
 def _response(response: Point, objectives: Sequence[str]) -> Html:
@@ -260,11 +243,11 @@ def _values(evaluation: Evaluation) -> Html:
         rows.append([f"{row['form']}, {row['objective']}", decimal(row.get("r2")), *(decimal(by_position.get(p)) for p in positions)])
     groups = [("", 1), ("", 1), ("at position (tokens of the response)", len(positions))] if positions else []
     found = table(["head", "R², all", *(f"{p:g}" for p in positions)], rows, groups, "R² of the value heads")
-    note = (
+    explained = (
         "R² on held-out prompts; 0 is no better than the mean. The teacher's is of the final reward, the single-pass form's of "
         "the teacher's advantage of each drawn token, the prefix form's of the teacher's value."
     )
-    return _join(_note(note), found) if found else found
+    return join(note(explained), found) if found else found
 
 
 def _calibration(evaluation: Evaluation) -> Html:
@@ -288,4 +271,4 @@ def _how(evaluation: Evaluation) -> Html:
 def _files(evaluation: Evaluation) -> Html:
     rows = [(element("code", f["path"]), f.get("what"), element("code", f.get("sha256"))) for f in evaluation.get("files") or []]
     found = table(["file", "what", "SHA-256"], rows, name="Files")
-    return element("div", _note("Every number above is computed from these files."), found, class_="prose") if found else found
+    return element("div", note("Every number above is computed from these files."), found, class_="prose") if found else found

@@ -1,4 +1,4 @@
-"""From scored points to the table, the comparisons and the hypervolumes of a report.
+"""From scored points to the table and the comparisons of a report.
 
 Everything is averaged per prompt first; intervals resample prompts. Rewards are in standard deviations of the reference's
 rollouts that the values were trained on (0 is their mean); a gain is the paired difference to the reference on the same
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,35 +18,53 @@ import numpy as np
 from equipoise.decoding.resampling import best_of_n, best_of_n_kl, resample, resampling_kl
 from equipoise.evaluation.front import (
     bootstrap_indices,
-    hypervolume_interval,
     mean_interval,
     paired_interval,
     permutation_pvalue,
+    scored_mean,
 )
 from equipoise.evaluation.sweep import Scored, mean_cost, tokens_per_second
 from equipoise.objectives import Normaliser, linear, weight_label
-from equipoise.rewards.text import is_refusal, word_count
+from equipoise.rewards.text import is_refusal, is_repetitive, leaks_format, word_count
 from equipoise.types import FrontPoint, UserError
 
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one weight vector: z_PK per prompt (objectives, then judges) and its price."""
+    """One method at one weight vector: z per response and prompt (objectives, then judges), and its price."""
 
     method: str
     weights: tuple[float, ...] | None
     n: int
-    z_PK: np.ndarray
-    kl: float
+    z_PSK: np.ndarray
+    length_PS: np.ndarray
+    """log(1 + words)."""
+    kl_P: np.ndarray
     kl_floor: float
     cost: float
+    base_forwards: float
+    guide_forwards: float
+    reward_calls: float
     words: float
     refusals: float
-    truncated: float
+    truncated: int
+    repetitive: int
+    leaks: int
+    """Responses that hold something of a chat template."""
     unscored: int
     responses: int
     tokens_per_s: float | None
     source: str
+
+    @cached_property
+    def z_PK(self) -> np.ndarray:
+        """Mean over a prompt's samples, unscored ones left out; NaN where none is scored."""
+        return scored_mean(self.z_PSK, axis=1)
+
+    @property
+    def kl(self) -> float:
+        """Mean over prompts, nats per response."""
+        return float(self.kl_P.mean())
 
 
 class Summary:
@@ -73,20 +92,28 @@ class Summary:
         rows_PS = scored.by_prompt(self.prompt_ids) if choice_PG is None else choice_PG
         z_PSK = self._z(scored)[rows_PS]
         chosen = [scored.rollouts[i] for i in rows_PS.ravel()]
+        every_PS = scored.by_prompt(self.prompt_ids)
         facts: dict[str, Any] = {
             "method": scored.method,
             "weights": scored.weights,
             "n": 1,
-            "kl": float(np.mean([r.kl for r in scored.rollouts])),
+            "kl_P": np.array([r.kl for r in scored.rollouts])[every_PS].mean(axis=1),
             "cost": mean_cost(scored) / self._unit,
+            "base_forwards": float(np.mean([r.base_forwards for r in scored.rollouts])) * scored.reference_counts,
+            "guide_forwards": float(np.mean([r.guide_forwards for r in scored.rollouts])),
+            "reward_calls": float(np.mean([r.reward_calls for r in scored.rollouts])),
             "tokens_per_s": tokens_per_second(scored),
         }
+        words, refusals, repetitive, leaks = np.array([_facts(r.text) for r in chosen]).T
         return Point(
-            z_PK=_nanmean(z_PSK),
+            z_PSK=np.where(np.isfinite(z_PSK), z_PSK, np.nan),
+            length_PS=np.log1p(words).reshape(rows_PS.shape),
             kl_floor=float(np.mean([r.kl_floor for r in scored.rollouts])),
-            words=float(np.mean([word_count(r.text) for r in chosen])),
-            refusals=float(np.mean([is_refusal(r.text) for r in chosen])),
-            truncated=float(np.mean([r.finish_reason == "length" for r in chosen])),
+            words=float(words.mean()),
+            refusals=float(refusals.mean()),
+            truncated=sum(r.finish_reason == "length" for r in chosen),
+            repetitive=int(repetitive.sum()),
+            leaks=int(leaks.sum()),
             unscored=int((~np.isfinite(z_PSK)).any(axis=-1).sum()),
             responses=len(chosen),
             source=scored.source,
@@ -100,20 +127,28 @@ class Summary:
         pick_PG = best_of_n(score.reshape(-1, n)).reshape(score.shape[:2])
         choice_PG = np.take_along_axis(groups_PGN, pick_PG[..., None], axis=2)[..., 0]
         base = self.point(scored)
-        return self.point(
-            scored, choice_PG, method=method, weights=weights, n=n, kl=base.kl + best_of_n_kl(n), cost=n * base.cost, tokens_per_s=None
-        )
+        return self.point(scored, choice_PG, method=method, weights=weights, kl_P=base.kl_P + best_of_n_kl(n), **self._candidates(base, n))
 
     def resampled(self, scored: Scored, weights: tuple[float, ...], beta: float) -> Point:
         """One draw per prompt from softmax(score / beta) over all its samples."""
         rows_PS = scored.by_prompt(self.prompt_ids)
         score = linear(self._z(scored)[:, : len(self.objectives)], weights)[rows_PS]
         pick = resample(score, beta, [scored.rollouts[i].seed for i in rows_PS[:, 0]])
-        n = rows_PS.shape[1]
         choice_PG = np.take_along_axis(rows_PS, pick[:, None], axis=1)
-        return self.point(
-            scored, choice_PG, method="resampling", weights=weights, n=n, kl=resampling_kl(score, beta), cost=float(n), tokens_per_s=None
-        )
+        kl_P = np.array([resampling_kl(score_N, beta) for score_N in score[:, None]])
+        candidates = self._candidates(self.point(scored), rows_PS.shape[1])
+        return self.point(scored, choice_PG, method="resampling", weights=weights, kl_P=kl_P, **candidates)
+
+    def _candidates(self, one: Point, n: int) -> dict[str, Any]:
+        """What a choice among n candidates costs, where one costs this much: every objective scores each of them."""
+        return {
+            "n": n,
+            "cost": n * one.cost,
+            "base_forwards": n * one.base_forwards,
+            "guide_forwards": n * one.guide_forwards,
+            "reward_calls": n * (one.reward_calls + len(self.objectives)),
+            "tokens_per_s": None,
+        }
 
     def _groups(self, scored: Scored, n: int) -> np.ndarray:
         rows_PS = scored.by_prompt(self.prompt_ids)
@@ -126,7 +161,7 @@ class Summary:
         """A point as the report's table has it."""
         split = len(self.objectives)
         means = [self._interval(point.z_PK[:, k]) for k in range(point.z_PK.shape[1])]
-        gains = [self._gain(point, k) for k in range(point.z_PK.shape[1])]
+        gains = [self.gain(point, k) for k in range(point.z_PK.shape[1])]
         return {
             "method": point.method,
             "label": f"{point.method} {weight_label(self.objectives, point.weights)}",
@@ -138,7 +173,7 @@ class Summary:
             "judge_gain": gains[split:],
             "words": point.words,
             "refusals": point.refusals,
-            "truncated": point.truncated,
+            "truncated": point.truncated / point.responses,
             "kl": point.kl,
             "kl_floor": point.kl_floor,
             "cost": point.cost,
@@ -151,7 +186,8 @@ class Summary:
     def _interval(self, values_P: np.ndarray) -> dict[str, float]:
         return dict(zip(("mean", "lo", "hi"), mean_interval(values_P, self.indices), strict=True))
 
-    def _gain(self, point: Point, k: int) -> dict[str, float]:
+    def gain(self, point: Point, k: int) -> dict[str, float]:
+        """{mean, lo, hi} of the paired difference to the reference on objective or judge k."""
         return dict(zip(("mean", "lo", "hi"), paired_interval(point.z_PK[:, k], self.reference.z_PK[:, k], self.indices), strict=True))
 
     def front_point(self, point: Point) -> FrontPoint:
@@ -170,14 +206,6 @@ class Summary:
             n=point.responses,
             n_unscored=point.unscored,
         )
-
-    def hypervolume(self, points: Sequence[Point], method: str, ref_point: Sequence[float]) -> dict[str, Any]:
-        """Hypervolume of a method's points at one cost, with its interval over prompts."""
-        split = len(self.objectives)
-        z_WPK = np.stack([p.z_PK[:, :split] for p in points])
-        value, low, high = hypervolume_interval(z_WPK, ref_point, self.indices)
-        cost = float(np.mean([p.cost for p in points]))
-        return {"method": method, "cost": cost, "value": value, "lo": low, "hi": high, "points": len(points)}
 
     def compare(self, point: Point, other_P: np.ndarray, k: int, **labels: Any) -> dict[str, Any]:
         """Paired difference of objective k between a point and another's per-prompt means."""
@@ -203,9 +231,7 @@ def at_kl(points: Sequence[Point], kl: float, k: int) -> np.ndarray:
     return ordered[0].z_PK[:, k]
 
 
-def _nanmean(z_PSK: np.ndarray) -> np.ndarray:
-    """Mean over a prompt's samples, unscored ones left out; NaN where none is scored."""
-    scored = np.isfinite(z_PSK)
-    count = scored.sum(axis=1)
-    total = np.where(scored, z_PSK, 0.0).sum(axis=1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+@lru_cache(maxsize=1 << 16)
+def _facts(text: str) -> tuple[int, bool, bool, bool]:
+    """(words, refusal, repetitive, leak) of a text; best-of-n meets the same one at many weights."""
+    return word_count(text), is_refusal(text), is_repetitive(text), leaks_format(text)

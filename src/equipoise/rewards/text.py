@@ -1,4 +1,4 @@
-"""Rewards computed from the response's text alone, and the two text measures that a report shows.
+"""Rewards computed from the response's text alone, and the text measures that a report counts.
 
 A word is what stands between white space or dashes, contains a letter or digit, and is stripped of the punctuation around
 it: "**Well-known** fact: 3.14!" has three words. The measures are meant for scripts that put spaces between words.
@@ -41,6 +41,17 @@ REFUSAL_WINDOW = 200
 """Characters at the start of a response in which a refusal is looked for."""
 
 _REFUSAL = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, REFUSAL_PHRASES))})(?!\w)(?! to hear| for your| about)")
+REPETITIVE = 0.3
+"""A text is repetitive where more than this share of its word 4-grams occurred before in it."""
+
+# What a chat template writes and an answer shouldn't: special tokens of the common families, and role names that open a line. A
+# decoder that drops special tokens leaves ChatML's role name alone on its line.
+_FORMAT = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|</?s>|<(?:pad|unk|bos|eos)>|\[PAD\]|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<rm\d+_score>"
+    r"|BEGINNING OF CONVERSATION:|^[ \t]*#{2,3} ?(?:Instruction|Input|Response):|^[ \t]*(?:Human|User|Assistant|System)[ \t]*:"
+    r"|^(?:user|assistant|system)[ \t]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
 _PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\u2018\u2019\u201c\u201d\u2026\u2022\u00ab\u00bb\u00bf\u00a1"
 _BETWEEN_WORDS = re.compile(r"[\s\u2013\u2014]+")
 _BETWEEN_SENTENCES = re.compile(r"[.!?\u2026]+[\"'\u2019\u201d)\]*]*(?:\s+|$)|\n+")
@@ -98,6 +109,19 @@ def is_refusal(text: str) -> bool:
     """
     plain = text.strip().lower().replace("\u2019", "'").replace("\u2018", "'").replace("\u02bc", "'")
     return _REFUSAL.search(plain[:REFUSAL_WINDOW]) is not None
+
+
+def is_repetitive(text: str) -> bool:
+    """Whether more than `REPETITIVE` of the text's word 4-grams occurred before in it; never of fewer than four words."""
+    return -unrepetitiveness(text) > REPETITIVE
+
+
+def leaks_format(text: str) -> bool:
+    """Whether the text holds what belongs to a chat template: a special token, an instruction header, a role that opens a line.
+
+    It can't tell a leak from an answer about templates, and a model's own special tokens may be of no family that it knows.
+    """
+    return _FORMAT.search(text) is not None
 
 
 def positivity(text: str) -> float:

@@ -37,7 +37,8 @@ class Compare:
     """Run methods along the whole trade-off on the same prompts, and report them side by side."""
 
     out: Path
-    """Run folder to write: rollouts and rewards of every point, evaluation.json, report.html, front.svg."""
+    """Run folder to write: rollouts and rewards of every point, evaluation.json (settings and statistics), responses.parquet (a row
+    per response), report.html, front.svg."""
     methods: dict[str, Method]
     """By name; the reference and its best-of-n come with every comparison."""
     model: str = "smollm2"
@@ -156,7 +157,9 @@ def _placed(name: str, steering: Steering | None, objectives: tuple[str, ...]) -
 def _evaluate(config: Compare, plan: Mapping[str, Any], grid: Any, prompts: Any) -> Path:
     from equipoise.evaluation.comparison import comparison_of
     from equipoise.evaluation.figures import front_figure
+    from equipoise.evaluation.log import response_table, write_table
     from equipoise.evaluation.report import render_report
+    from equipoise.evaluation.sweep import read_point
     from equipoise.rewards import parse_name
     from equipoise.runs import manifest_of
 
@@ -170,6 +173,11 @@ def _evaluate(config: Compare, plan: Mapping[str, Any], grid: Any, prompts: Any)
         {"path": str(config.out / name), "sha256": digest, "what": "compare"} for name, digest in manifest["outputs"].items()
     ]
     write_json(config.out / "evaluation.json", result)
+    points = [
+        read_point(config.out, "reference", None),
+        *(read_point(config.out, name, w) for name, found in weights.items() for w in found),
+    ]
+    write_table(config.out / "responses.parquet", response_table(points))
     page = config.out / "report.html"
     write_text(page, render_report(result))
     if len(objectives) >= 2:

@@ -122,8 +122,9 @@ class Evaluate:
 
 
 def evaluate(config: Evaluate) -> Path:
-    """Write evaluation.json and front.json into the sweep's folder and return the former."""
-    from equipoise.evaluation.evaluate import evaluation_of
+    """Write evaluation.json, front.json and responses.parquet into the sweep's folder and return the first."""
+    from equipoise.evaluation.evaluate import evaluation_of, points_of
+    from equipoise.evaluation.log import response_table, write_table
 
     manifest = manifest_of(config.sweep, "sweep")
     values = Path(manifest["config"]["values"])
@@ -138,6 +139,7 @@ def evaluate(config: Evaluate) -> Path:
     path = config.sweep / "evaluation.json"
     front = {"points": result.pop("front"), "ref_point_K": result["ref_point_K"], "hypervolume": result["hypervolume"]}
     write_json(config.sweep / "front.json", front)
+    write_table(config.sweep / "responses.parquet", response_table(points_of(config.sweep, len(result["objectives"]), swept["steps"])))
     write_json(path, result)
     return path
 
