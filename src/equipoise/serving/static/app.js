@@ -7,6 +7,7 @@ import { el } from "./dom.js";
 import { measured } from "./measured.js";
 import { sidePanel } from "./side.js";
 import { asCurl, asPython } from "./snippets.js";
+import { even, moved as weighted } from "./weights.js";
 
 const PAUSE = 600; // ms without a move after which a live answer is asked for
 const HUES = 6;
@@ -46,7 +47,10 @@ function begin(about) {
   const figure = measured(about);
   const talk = conversation($("talk"));
   const first = about.methods.find((offer) => offer.reads.includes("weights")) ?? about.methods[0];
-  const panels = ["A", "B"].map((name) => sidePanel(about, name, first, () => moved(), (kind) => copy(kind, name)));
+  // A weighs all objectives alike, B leans to the last one: there is something to compare.
+  const beginnings = { A: even, B: (count) => weighted(even(count), count - 1, 85) };
+  const panels = Object.entries(beginnings).map(([name, begun]) =>
+    sidePanel(about, { name, first, begun, changed: () => moved(), code: (kind) => copy(kind, name) }));
   const sides = () => ($("compare").checked ? panels : panels.slice(0, 1));
   const length = $("length");
   length.max = about.limits.max_tokens;

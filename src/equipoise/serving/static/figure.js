@@ -3,7 +3,7 @@
 import { el, plain, ranged, signed, spoken, svg } from "./dom.js";
 import { title } from "./front.js";
 
-const W = 360, H = 280, LEFT = 44, RIGHT = 12, TOP = 12, BOTTOM = 40;
+const W = 360, H = 250, LEFT = 44, RIGHT = 12, TOP = 12, BOTTOM = 40;
 
 /** Round steps for about `count` ticks between two numbers. */
 export function ticks(lo, hi, count = 5) {
@@ -49,10 +49,12 @@ export function draw(node, { names, fronts, main, others, live, promised, answer
         ? svg("path", { class: "reference", d: `M${X(x.mean) - 5} ${Y(y.mean) - 5}l10 10m0-10l-10 10` })
         : svg("circle", { class: "dot", cx: X(x.mean), cy: Y(y.mean), r: whole ? 3 : 2 })));
   };
-  const mark = (side, x, y, name, text) => svg("g", { class: `mark ${name} ${side}`, "data-side": side, "data-x": x, "data-y": y },
+  const [one, two] = live;
+  const close = two && Math.hypot(X(one.x.mean) - X(two.x.mean), Y(one.y.mean) - Y(two.y.mean)) < 16;
+  const mark = (side, x, y, name, text, aside = 0) => svg("g", { class: `mark ${name} ${side}`, "data-side": side, "data-x": x, "data-y": y },
     svg("title", {}, text),
-    side === "A" ? svg("circle", { cx: X(x), cy: Y(y), r: 8 }) : svg("rect", { x: X(x) - 7.5, y: Y(y) - 7.5, width: 15, height: 15 }),
-    svg("text", { x: X(x), y: Y(y) + 3.8, "text-anchor": "middle" }, side));
+    side === "A" ? svg("circle", { cx: X(x) - aside, cy: Y(y), r: 8 }) : svg("rect", { x: X(x) - 7.5 + aside, y: Y(y) - 7.5, width: 15, height: 15 }),
+    svg("text", { x: X(x) + (side === "A" ? -aside : aside), y: Y(y) + 3.8, "text-anchor": "middle" }, side));
 
   const axis = [
     ...ticks(X.lo, X.hi).map((t) => svg("g", { class: Math.abs(t) < 1e-9 ? "tick zero" : "tick" }, svg("line", { x1: X(t), x2: X(t), y1: TOP, y2: H - BOTTOM }),
@@ -69,7 +71,7 @@ export function draw(node, { names, fronts, main, others, live, promised, answer
     ...answers.filter(({ old }) => old).map(({ side, x, y, text }) => mark(side, x, y, "answer old", text)),
     ...live.map(({ x, y }) => cross([x, y], "cross now")),
     ...promised.map(({ side, x, y, text }) => svg("path", { class: `promised ${side}`, d: `M${X(x)} ${Y(y) - 9}l9 9l-9 9l-9 -9z` }, svg("title", {}, text))),
-    ...live.map(({ side, x, y, text }) => mark(side, x.mean, y.mean, "live", text)),
+    ...live.map(({ side, x, y, text }) => mark(side, x.mean, y.mean, "live", text, close ? 8 : 0)),
     ...answers.filter(({ old }) => !old).map(({ side, x, y, text }) => mark(side, x, y, "answer", text)),
   ));
 }

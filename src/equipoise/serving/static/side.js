@@ -2,7 +2,7 @@
 
 import { el, spoken } from "./dom.js";
 import { weightPicker } from "./picker.js";
-import { even, named } from "./weights.js";
+import { named } from "./weights.js";
 
 const KL = { least: 0.1, most: 6, step: 0.1 };
 
@@ -10,13 +10,14 @@ const KL = { least: 0.1, most: 6, step: 0.1 };
 const example = (names) => names.map((name, k) => `${name}>=${k ? "keep" : "+0.2sd"}`).join(" ");
 
 /**
- * The settings of side `name`: {root, fields, weights, targets, offer, budget, words, problem}. `changed` is called for every move,
- * `code` with the kind of code that is wanted.
+ * The settings of side `name`: {root, name, offer, weights, budget, fields, words, problem}. `begun` makes the weights of a number of
+ * objectives to begin with; `changed` is called for every move, `code` with the kind of code that is wanted.
  */
-export function sidePanel(about, name, first, changed, code) {
+export function sidePanel(about, { name, first, begun, changed, code }) {
   const offers = Object.fromEntries(about.methods.map((offer) => [offer.method, offer]));
   const kept = {}; // units by objectives, so that they outlive a change of method
-  let offer = first, asks = "", strength = {};
+  const strengths = {}; // by method
+  let offer = first, asks = "";
   const id = (what) => `${what}-${name}`;
   const body = el("div");
   const problem = el("p", { class: "problem", role: "alert", id: id("problem") });
@@ -28,7 +29,7 @@ export function sidePanel(about, name, first, changed, code) {
       el("button", { type: "button", class: "quiet", on: { click: () => code("Python") } }, `Copy ${name} as Python`)));
 
   const reads = (field) => offer.reads.includes(field);
-  const units = () => (kept[offer.objectives.join()] ??= even(offer.objectives.length));
+  const units = () => (kept[offer.objectives.join()] ??= begun(offer.objectives.length));
 
   function build() {
     say("");
@@ -42,7 +43,7 @@ export function sidePanel(about, name, first, changed, code) {
 
   function weighing() {
     const key = offer.objectives.join();
-    const picker = weightPicker(offer.objectives, name, (moved) => { kept[key] = moved; picker.show(moved); changed(); });
+    const picker = weightPicker(offer.objectives, name, (now) => { kept[key] = now; picker.show(now); changed(); });
     picker.show(units());
     return picker.root;
   }
@@ -61,8 +62,8 @@ export function sidePanel(about, name, first, changed, code) {
 
   function going() {
     const ways = [["kl_budget", "KL budget, nats"], ["beta", "beta, smaller is stronger"]].filter(([field]) => reads(field));
-    strength = { kl_budget: 1, beta: 1, ...offer.strength, ...strength };
-    strength.by = ways.some(([field]) => field === strength.by) ? strength.by : Object.keys(offer.strength ?? {}).find(reads) ?? ways[0][0];
+    const by = Object.keys(offer.strength ?? {}).find(reads) ?? ways[0][0];
+    const strength = (strengths[offer.method] ??= { kl_budget: 1, beta: 1, ...offer.strength, by });
     const budget = strength.by === "kl_budget";
     const number = el("input", { id: id("strength"), type: "number", min: 0.01, step: "any", value: strength[strength.by], on: { input: () => take(number) } });
     const range = el("input", {
@@ -94,22 +95,22 @@ export function sidePanel(about, name, first, changed, code) {
     /** By objective; null where the method reads none. */
     get weights() { return reads("weights") ? named(offer.objectives, units()) : null; },
     /** Nats that are asked for; null where another strength is. */
-    get budget() { return (reads("kl_budget") && strength.by === "kl_budget") ? strength.kl_budget : null; },
+    get budget() { return strengths[offer.method]?.by === "kl_budget" ? strengths[offer.method].kl_budget : null; },
     /** What a request carries of it. */
     get fields() {
-      const steered = reads("kl_budget") || reads("beta");
+      const strength = strengths[offer.method];
       return {
         model: `${about.model}:${offer.method}`,
         ...(reads("weights") && { weights: side.weights }),
         ...(reads("targets") && { targets: asks }),
-        ...(steered && { [strength.by]: strength[strength.by] }),
+        ...(strength && { [strength.by]: strength[strength.by] }),
         ...(offer.explains && { explain: true }),
       };
     },
     /** The settings in a line. */
     get words() {
       const { weights, targets, kl_budget: budget, beta } = side.fields;
-      const parts = [offer.method, weights && spoken(weights), targets, budget && `${budget} nats`, beta && `beta ${beta}`];
+      const parts = [offer.method, weights && spoken(weights), targets, budget && `${budget} ${budget === 1 ? "nat" : "nats"}`, beta && `beta ${beta}`];
       return parts.filter(Boolean).join(" · ");
     },
     /** Show what the server says against the targets. */
