@@ -23,7 +23,10 @@ export function answerView(side, words, hue, units) {
     el("header", {}, el("b", {}, side), " ", words), prose, state, scrub, numbers);
   let coloured = false, due = false, pieces = [], picked = -1;
 
-  const range = el("input", { type: "range", min: 1, step: 1, "aria-label": `Word of answer ${side}, to read what pushed it`, on: { input: () => pick(range.valueAsNumber - 1) } });
+  const range = el("input", {
+    type: "range", min: 1, step: 1, "aria-label": `Word of answer ${side}, to read what pushed it`,
+    on: { input: () => pick(range.valueAsNumber - 1) },
+  });
   const reading = el("output");
   scrub.append(range, reading);
 
@@ -44,8 +47,9 @@ export function answerView(side, words, hue, units) {
 
   function word(piece, at) {
     const top = strongest(piece.nats);
-    const text = piece.mark === undefined ? piece.text : piece.mark || "(end)";
-    const span = el("span", { title: piece.tokens ? pushed(piece.nats) : null, "data-at": at, class: piece.mark === undefined ? "word" : "word mark" }, text);
+    const part = piece.mark === undefined;
+    const title = piece.tokens ? pushed(piece.nats) : null;
+    const span = el("span", { title, "data-at": at, class: part ? "word" : "word mark" }, part ? piece.text : piece.mark || "(end)");
     if (top) {
       span.classList.add(`o${hue(top[0])}`, top[1] > 0 ? "for" : "against");
       span.style.setProperty("--deep", `${Math.round(12 + 33 * Math.min(1, Math.abs(top[1]) / FULL))}%`);
@@ -83,7 +87,8 @@ export function answerView(side, words, hue, units) {
     const share = Math.min(1, Math.abs(value) / BAR) * 50;
     const bar = el("span", { class: "bar", "aria-hidden": "true" }, Number.isFinite(value) &&
       el("span", { style: `width:${share}%;${value < 0 ? "right" : "left"}:50%` }));
-    return el("li", { class: `o${hue(name)}` }, el("span", { class: "name" }, name), bar, el("span", { class: "value" }, `${signed(value)} ${unit}`));
+    const number = el("span", { class: "value" }, `${signed(value)} ${unit}`);
+    return el("li", { class: `o${hue(name)}` }, el("span", { class: "name" }, name), bar, number);
   }
 
   function tell(facts, reason) {
@@ -96,13 +101,14 @@ export function answerView(side, words, hue, units) {
       own.beta && ["beta", plain(own.beta, 3)],
       own.multipliers && ["multipliers", spoken(own.multipliers)],
       own.candidates && ["candidates", String(own.candidates)],
-      own.levels && ["promised on average", own.sd ? promised(own).map(([name, z]) => `${name} ${signed(z)} sd`).join(", ") : spoken(own.levels)],
+      own.levels && ["promised on average", promised(own).map(([name, z]) => `${name} ${signed(z)} sd`).join(", ")],
       answer.push.length && ["pushes together", pushed(total(answer.push))],
       own.warnings?.length && ["note", own.warnings.join("; ")],
       ["cost", `${own.base_forwards ?? "–"} forwards, ${own.reward_calls ?? 0} reward calls`],
       ["seed", String(own.seed ?? facts.seed)],
     ].filter(Boolean);
-    numbers.replaceChildren(el("ul", { class: "scores", "aria-label": `Scores of answer ${side}` }, ...shown.map(([name, value]) => score(name, value, unit))),
+    const list = shown.map(([name, value]) => score(name, value, unit));
+    numbers.replaceChildren(el("ul", { class: "scores", "aria-label": `Scores of answer ${side}` }, ...list),
       el("dl", {}, ...rows.map(([name, value, more]) => el("div", {}, el("dt", {}, name), el("dd", { title: more }, value)))));
     answer.summary = `Answer ${side} is there: ${shown.map(([name, value]) => `${name} ${signed(value)} ${unit}`).join(", ")}, ` +
       `KL ${plain(facts.kl)} nats, ${facts.tokens} tokens${ENDS[reason] ? `, ${ENDS[reason]}` : ""}.`;

@@ -32,7 +32,8 @@ async function asked(path, options = {}) {
   if (response.ok) return response;
   const body = await response.json().catch(() => null);
   const after = response.headers.get("Retry-After");
-  throw new ServerError(response.status, (body?.error?.message ?? `the server answered ${response.status}`) + (after ? ` (in ${after} s)` : ""));
+  const message = body?.error?.message ?? `the server answered ${response.status}`;
+  throw new ServerError(response.status, message + (after ? ` (in ${after} s)` : ""));
 }
 
 /** /v1/equipoise. Throws `ServerError`. */

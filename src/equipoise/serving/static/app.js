@@ -16,7 +16,7 @@ const $ = (id) => document.getElementById(id);
 const news = (text) => { $("news").textContent = text; };
 
 let running = null; // the AbortController of the answers that are being written
-let timer = 0;
+let timer = 0, saying = 0;
 
 /** What the server says of itself; the key is asked for as long as it wants one. */
 async function known() {
@@ -50,7 +50,7 @@ function begin(about) {
   // A weighs all objectives alike, B leans to the last one: there is something to compare.
   const beginnings = { A: even, B: (count) => weighted(even(count), count - 1, 85) };
   const panels = Object.entries(beginnings).map(([name, begun]) =>
-    sidePanel(about, { name, first, begun, changed: () => moved(), code: (kind) => copy(kind, name) }));
+    sidePanel(about, { name, first, begun, hue, changed: () => { moved(); later(); }, code: (kind) => copy(kind, name) }));
   const sides = () => ($("compare").checked ? panels : panels.slice(0, 1));
   const length = $("length");
   length.max = about.limits.max_tokens;
@@ -58,11 +58,13 @@ function begin(about) {
   $("model").textContent = about.model;
   $("sides").append(...panels.map((panel) => panel.root));
   $("legend").append(...objectives.map((name) => el("span", { class: `word for o${hue(name)}`, style: "--deep:35%" }, name)));
-  $("examples").append(...EXAMPLES.map((text) => el("button", { type: "button", class: "quiet", on: { click: () => { $("message").value = text; $("message").focus(); } } }, text)));
+  const draft = (text) => { $("message").value = text; $("message").focus(); };
+  $("examples").append(...EXAMPLES.map((text) => el("button", { type: "button", class: "quiet", on: { click: () => draft(text) } }, text)));
 
   function show() {
     const shown = sides().map((side) => side.name);
-    figure.show(sides(), talk.answers().filter(({ answer }) => shown.includes(answer.side)).map(({ answer, turn }) => ({ answer, old: turn !== talk.last })));
+    const answers = talk.answers().filter(({ answer }) => shown.includes(answer.side));
+    figure.show(sides(), answers.map(({ answer, turn }) => ({ answer, old: turn !== talk.last })));
     $("welcome").hidden = talk.turns.length > 0;
     for (const id of ["again", "over"]) $(id).disabled = !talk.last;
     $("send").hidden = running !== null;
@@ -73,6 +75,12 @@ function begin(about) {
     show();
     clearTimeout(timer);
     if ($("live").checked && talk.last) timer = setTimeout(() => ask(talk.last, sides()), PAUSE);
+  }
+
+  /** Say what is measured of the new settings, once they rest. */
+  function later() {
+    clearTimeout(saying);
+    saying = setTimeout(() => news($("readout").textContent), PAUSE);
   }
 
   function bodyOf(side, messages) {

@@ -11,7 +11,8 @@ export function conversation(root) {
     /** A new turn of the user. */
     add(text) {
       const slots = el("div", { class: "answers" });
-      const turn = { text, answers: {}, slots, root: el("section", { class: "turn", "aria-label": `Turn ${turns.length + 1}` }, el("p", { class: "user", dir: "auto" }, text), slots) };
+      const said = el("p", { class: "user", dir: "auto" }, text);
+      const turn = { text, answers: {}, slots, root: el("section", { class: "turn", "aria-label": `Turn ${turns.length + 1}` }, said, slots) };
       turns.push(turn);
       root.append(turn.root);
       return turn;

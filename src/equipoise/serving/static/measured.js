@@ -10,7 +10,7 @@ const $ = (id) => document.getElementById(id);
 /** Fill the figure's part of the page: {show(sides, answers)}, of the sides' settings and [{answer, old}]. */
 export function measured(about) {
   const names = [...new Set([...about.fronts.flatMap((front) => front.objectives), ...about.objectives])];
-  if (names.length < 2) { $("measured").hidden = true; return { show() {} }; }
+  if (names.length < 2 || !(about.fronts.length || about.scaled)) { $("measured").hidden = true; return { show() {} }; }
   const fronts = about.fronts.filter((front) => front.objectives.length > 1);
   const choices = fronts.filter((front) => front.points.some((point) => point.weights));
   const [x, y, which] = [$("axis-x"), $("axis-y"), $("which")];
@@ -32,16 +32,18 @@ export function measured(about) {
 
   /** [the front of a side, the sentence about its weights, where they lie on it]. */
   function placed(side) {
-    if (!side.offer.reads.length && !side.offer.weights) {
-      const front = fronts.find((one) => one.method === "reference");
-      const [point] = front?.points ?? [];
-      const reward = point && Object.fromEntries(front.objectives.map((name, k) => [name, point.reward[k]]));
-      return [front, point ? `measured as ${list(reward)}.` : "not measured.", reward && { reward }];
-    }
     const weights = side.weights ?? side.offer.weights;
-    if (!weights) return [null, "its answers say what is promised.", null];
+    if (!weights) {
+      if (side.offer.reads.includes("targets")) return [null, "its answers say what is promised.", null];
+      const own = fronts.find((one) => one.method === side.offer.method && !one.points[0]?.weights);
+      const [point] = own?.points ?? [];
+      if (!point) return [null, "not measured.", null];
+      const reward = Object.fromEntries(own.objectives.map((name, k) => [name, point.reward[k]]));
+      return [own, `${list(reward)}: measured.`, { reward }];
+    }
     const front = which.value ? choices[Number(which.value)] : frontOf(side.offer, choices);
-    if (!front) return [null, `no front of ${side.offer.method} was measured${choices.length ? "; choose one above to compare with" : ""}.`, null];
+    const hint = choices.length ? "; choose one below to compare with" : "";
+    if (!front) return [null, `no front of ${side.offer.method} was measured${hint}.`, null];
     const found = along(front, weights);
     if (!found) return [front, `${title(front)} has other objectives.`, null];
     return [front, `${list(found.reward)}, at ${plain(found.kl)} nats: ${origin(front, found)}${apart(side, found)}`, found];
@@ -50,23 +52,29 @@ export function measured(about) {
   const list = (reward) => Object.entries(reward).map(([name, interval]) => `${name} ${ranged(interval)}`).join(", ");
   const origin = (front, { how, between }) => {
     const at = between.map((weights) => `(${weights.map((w) => plain(w)).join(", ")})`).join(" and ");
-    const said = { measured: `measured at ${at}`, interpolated: `interpolated between ${at}`, nearest: `of the nearest weights measured, ${at}` };
-    return `${said[how]} on ${title(front)}.`;
+    const said = { measured: "measured at", interpolated: "interpolated between", nearest: "of the nearest weights measured," };
+    return `${said[how]} ${at} on ${title(front)}.`;
   };
-  const apart = (side, { kl }) => side.budget && Math.abs(side.budget - kl) > 0.15 * kl ? ` You ask for ${plain(side.budget, 1)} nats: expect a point further ${side.budget > kl ? "out" : "in"}.` : "";
+  function apart(side, { kl }) {
+    if (!side.budget || Math.abs(side.budget - kl) <= 0.15 * kl) return "";
+    return ` You ask for ${plain(side.budget, 1)} nats: expect a point further ${side.budget > kl ? "out" : "in"}.`;
+  }
+
+  const lies = (side, text) => `Live point ${side.name}${side.weights ? `, ${spoken(side.weights)}` : ""}: ${text}`;
 
   function show(sides, answers) {
     last = [sides, answers];
     const axes = [x.value, y.value], found = sides.map((side) => [side, ...placed(side)]);
     const live = found.filter(([, , , at]) => at && axes.every((name) => at.reward[name])).map(([side, , text, at]) =>
-      ({ side: side.name, x: at.reward[axes[0]], y: at.reward[axes[1]], text: `Live point ${side.name}${side.weights ? `, ${spoken(side.weights)}` : ""}: ${text}` }));
-    const scored = answers.filter(({ answer }) => axes.every((name) => Number.isFinite(answer.facts?.scores?.[name]))).map(({ answer, old }) => {
-      const [ax, ay] = axes.map((name) => answer.facts.scores[name]);
-      return { side: answer.side, x: ax, y: ay, old, text: `Answer ${answer.side}: ${axes[0]} ${signed(ax)}, ${axes[1]} ${signed(ay)}.` };
-    });
-    const hopes = answers.filter(({ answer, old }) => !old && answer.facts?.answer?.levels).map(({ answer }) => [answer, Object.fromEntries(promised(answer.facts.answer))])
-      .filter(([, z]) => axes.every((name) => name in z)).map(([answer, z]) =>
-        ({ side: answer.side, x: z[axes[0]], y: z[axes[1]], text: `Promised to ${answer.side} on average: ${axes[0]} ${signed(z[axes[0]])}, ${axes[1]} ${signed(z[axes[1]])}.` }));
+      ({ side: side.name, x: at.reward[axes[0]], y: at.reward[axes[1]], text: lies(side, text) }));
+    const placing = (answer, z, what) => {
+      const [x, y] = axes.map((name) => z?.[name]);
+      return { side: answer.side, x, y, text: `${what} ${answer.side}: ${axes[0]} ${signed(x)}, ${axes[1]} ${signed(y)}.` };
+    };
+    const known = ({ x, y }) => Number.isFinite(x) && Number.isFinite(y);
+    const scored = answers.map(({ answer, old }) => ({ old, ...placing(answer, answer.facts?.scores, "Answer") })).filter(known);
+    const hopes = answers.filter(({ answer, old }) => !old && answer.facts?.answer?.levels)
+      .map(({ answer }) => placing(answer, Object.fromEntries(promised(answer.facts.answer)), "Promised on average to")).filter(known);
     const main = [...new Set(found.map(([, front]) => front).filter(Boolean))];
     draw($("figure"), { names: axes, fronts, main, others: $("others").checked, live, promised: hopes, answers: scored });
     $("readout").replaceChildren(...found.map(([side, , text]) => el("p", { "data-side": side.name }, el("b", {}, side.name), ` ${text}`)));

@@ -5,19 +5,19 @@ import { WHOLE, fromPlane, moved, named, toPlane } from "./weights.js";
 
 const said = (names, units) => spoken(named(names, units));
 
-/** Controls for the weights of `names`: {root, show(units)}; `set(units)` is called for every move. */
-export function weightPicker(names, side, set) {
-  if (names.length === 2) return slider(names, side, set);
-  return names.length === 3 ? triangle(names, side, set) : sliders(names, side, set);
+/** Controls for the weights of `names`: {root, show(units)}; `hue` gives an objective's number, `set(units)` is called for every move. */
+export function weightPicker(names, side, hue, set) {
+  const picker = { 2: slider, 3: triangle }[names.length] ?? sliders;
+  return picker(names, side, hue, set);
 }
 
-function slider(names, side, set) {
+function slider(names, side, hue, set) {
   const numbers = names.map(() => el("output"));
   const range = el("input", {
     type: "range", min: 0, max: WHOLE, step: 1, "aria-label": `Weights of ${side}: ${names[0]} at the left, ${names[1]} at the right`,
     on: { input: () => set([WHOLE - range.valueAsNumber, range.valueAsNumber]) },
   });
-  const ends = names.map((name, k) => el("span", { class: `end o${k}` }, el("b", {}, name), " ", numbers[k]));
+  const ends = names.map((name, k) => el("span", { class: `end o${hue(name)}` }, el("b", {}, name), " ", numbers[k]));
   return {
     root: el("div", { class: "picker" }, el("div", { class: "ends" }, ...ends), range),
     show(units) {
@@ -28,7 +28,7 @@ function slider(names, side, set) {
   };
 }
 
-function sliders(names, side, set) {
+function sliders(names, side, hue, set) {
   let now = [];
   const rows = names.map((name, k) => {
     const number = el("output");
@@ -36,7 +36,7 @@ function sliders(names, side, set) {
       type: "range", min: 0, max: WHOLE, step: 1, "aria-label": `Weight of ${side} on ${name}`,
       on: { input: () => set(moved(now, k, range.valueAsNumber)) },
     });
-    return { number, range, row: el("div", { class: `share o${k}` }, el("b", {}, name), number, range) };
+    return { number, range, row: el("div", { class: `share o${hue(name)}` }, el("b", {}, name), number, range) };
   });
   return {
     root: el("div", { class: "picker" }, ...rows.map(({ row }) => row)),
@@ -51,10 +51,11 @@ function sliders(names, side, set) {
 const HIGH = 130, LEFT = 25, FLOOR = 152, WIDE = (2 * HIGH) / Math.sqrt(3);
 const onScreen = ([x, y]) => [LEFT + WIDE / 2 + HIGH * x, FLOOR - HIGH * y];
 
-function triangle(names, side, set) {
+function triangle(names, side, hue, set) {
   let now = [];
   const corners = [[1, 0, 0], [0, 1, 0], [0, 0, 1]].map((corner) => onScreen(toPlane(corner)));
-  const label = ([x, y], k) => svg("text", { x: [x, LEFT - 22, LEFT + WIDE + 22][k], y: k ? y + 17 : y - 8, "text-anchor": ["middle", "start", "end"][k] }, names[k]);
+  const places = [["middle", 0, -8], ["start", -22, 17], ["end", 22, 17]]; // of the names: anchor, and how far from their corners
+  const label = ([x, y], k) => svg("text", { "text-anchor": places[k][0], x: x + places[k][1], y: y + places[k][2] }, names[k]);
   const grid = [0.25, 0.5, 0.75].flatMap((w) => [0, 1, 2].map((k) => {
     const end = (other) => { const at = [0, 0, 0]; at[k] = w; at[other] = 1 - w; return onScreen(toPlane(at)); };
     const [a, b] = [end((k + 1) % 3), end((k + 2) % 3)];
@@ -85,8 +86,10 @@ function triangle(names, side, set) {
     set(moved(now, k, now[k] + step * (event.shiftKey ? 10 : 1)));
   });
   const numbers = names.map((name, k) => {
-    const input = el("input", { type: "number", min: 0, max: 1, step: 0.01, on: { change: () => set(moved(now, k, input.valueAsNumber * WHOLE)) } });
-    return { input, root: el("label", { class: `o${k}` }, el("b", {}, name), el("span", { class: "unseen" }, ` weight of ${side}`), input) };
+    const change = () => set(moved(now, k, input.valueAsNumber * WHOLE));
+    const input = el("input", { type: "number", min: 0, max: 1, step: 0.01, on: { change } });
+    const more = el("span", { class: "unseen" }, ` weight of ${side}`);
+    return { input, root: el("label", { class: `o${hue(name)}` }, el("b", {}, name), more, input) };
   });
   return {
     root: el("div", { class: "picker" }, drawing, el("div", { class: "thirds" }, ...numbers.map(({ root }) => root))),

@@ -11,9 +11,10 @@ const example = (names) => names.map((name, k) => `${name}>=${k ? "keep" : "+0.2
 
 /**
  * The settings of side `name`: {root, name, offer, weights, budget, fields, words, problem}. `begun` makes the weights of a number of
- * objectives to begin with; `changed` is called for every move, `code` with the kind of code that is wanted.
+ * objectives to begin with, `hue` gives an objective's number; `changed` is called for every move, `code` with the kind of code
+ * that is wanted.
  */
-export function sidePanel(about, { name, first, begun, changed, code }) {
+export function sidePanel(about, { name, first, begun, hue, changed, code }) {
   const offers = Object.fromEntries(about.methods.map((offer) => [offer.method, offer]));
   const kept = {}; // units by objectives, so that they outlive a change of method
   const strengths = {}; // by method
@@ -25,8 +26,8 @@ export function sidePanel(about, { name, first, begun, changed, code }) {
     ...about.methods.map((one) => el("option", { value: one.method, selected: one === first }, one.method)));
   const root = el("fieldset", { class: "side" }, el("legend", {}, `Answer ${name}`),
     el("div", { class: "row" }, el("label", { for: id("method") }, "Method"), method), body,
-    el("div", { class: "row end" }, el("button", { type: "button", class: "quiet", on: { click: () => code("curl") } }, `Copy ${name} as curl`),
-      el("button", { type: "button", class: "quiet", on: { click: () => code("Python") } }, `Copy ${name} as Python`)));
+    el("div", { class: "row end" }, ...["curl", "Python"].map((kind) =>
+      el("button", { type: "button", class: "quiet", on: { click: () => code(kind) } }, `Copy ${name} as ${kind}`))));
 
   const reads = (field) => offer.reads.includes(field);
   const units = () => (kept[offer.objectives.join()] ??= begun(offer.objectives.length));
@@ -43,7 +44,7 @@ export function sidePanel(about, { name, first, begun, changed, code }) {
 
   function weighing() {
     const key = offer.objectives.join();
-    const picker = weightPicker(offer.objectives, name, (now) => { kept[key] = now; picker.show(now); changed(); });
+    const picker = weightPicker(offer.objectives, name, hue, (now) => { kept[key] = now; picker.show(now); changed(); });
     picker.show(units());
     return picker.root;
   }
@@ -65,9 +66,12 @@ export function sidePanel(about, { name, first, begun, changed, code }) {
     const by = Object.keys(offer.strength ?? {}).find(reads) ?? ways[0][0];
     const strength = (strengths[offer.method] ??= { kl_budget: 1, beta: 1, ...offer.strength, by });
     const budget = strength.by === "kl_budget";
-    const number = el("input", { id: id("strength"), type: "number", min: 0.01, step: "any", value: strength[strength.by], on: { input: () => take(number) } });
+    const number = el("input", {
+      id: id("strength"), type: "number", min: 0.01, step: "any", value: strength[strength.by], on: { input: () => take(number) },
+    });
     const range = el("input", {
-      type: "range", min: KL.least, max: KL.most, step: KL.step, value: strength.kl_budget, "aria-label": `KL budget of ${name}, nats per response`,
+      type: "range", min: KL.least, max: KL.most, step: KL.step, value: strength.kl_budget,
+      "aria-label": `KL budget of ${name}, nats per response`,
       on: { input: () => take(range) },
     });
     const take = (from) => {
@@ -76,7 +80,8 @@ export function sidePanel(about, { name, first, begun, changed, code }) {
       (from === number ? range : number).value = from.valueAsNumber;
       changed();
     };
-    const choice = el("select", { "aria-label": `Strength of ${name} is given as`, on: { change: () => { strength.by = choice.value; build(); changed(); } } },
+    const change = () => { strength.by = choice.value; build(); changed(); };
+    const choice = el("select", { "aria-label": `Strength of ${name} is given as`, on: { change } },
       ...ways.map(([field, label]) => el("option", { value: field, selected: field === strength.by }, label)));
     const label = el("label", { for: number.id }, "Strength", el("span", { class: "unseen" }, ` of ${name}`));
     const row = el("div", { class: "row" }, label, ways.length > 1 ? choice : el("span", { class: "soft" }, ways[0][1]), number);
@@ -110,7 +115,8 @@ export function sidePanel(about, { name, first, begun, changed, code }) {
     /** The settings in a line. */
     get words() {
       const { weights, targets, kl_budget: budget, beta } = side.fields;
-      const parts = [offer.method, weights && spoken(weights), targets, budget && `${budget} ${budget === 1 ? "nat" : "nats"}`, beta && `beta ${beta}`];
+      const nats = budget && `${budget} ${budget === 1 ? "nat" : "nats"}`;
+      const parts = [offer.method, weights && spoken(weights), targets, nats, beta && `beta ${beta}`];
       return parts.filter(Boolean).join(" · ");
     },
     /** Show what the server says against the targets. */

@@ -17,7 +17,8 @@ export function literal(value, indent = "") {
   if (typeof value === "boolean") return value ? "True" : "False";
   if (typeof value !== "object") return JSON.stringify(value); // JSON's strings and numbers are Python's
   const array = Array.isArray(value);
-  const items = array ? value.map((v) => literal(v, inner)) : Object.entries(value).map(([k, v]) => `${JSON.stringify(k)}: ${literal(v, inner)}`);
+  const pair = ([name, one]) => `${JSON.stringify(name)}: ${literal(one, inner)}`;
+  const items = array ? value.map((one) => literal(one, inner)) : Object.entries(value).map(pair);
   const [open, close] = array ? "[]" : "{}";
   const short = `${open}${items.join(", ")}${close}`;
   return short.length <= 80 ? short : `${open}\n${items.map((item) => `${inner}${item},\n`).join("")}${indent}${close}`;
