@@ -177,7 +177,7 @@ def test_an_answer_streams_and_has_the_servers_numbers(page, url, service, long_
     assert numbers["KL"] == f"{facts['kl']:.2f} nats"
     assert numbers["tokens"] == "8"
     expect(page.locator("#news")).to_contain_text("Answer A is there: brief")
-    point = page.locator(".mark.answer.A")
+    point = page.locator(".mark.scored.A")
     assert [float(point.get_attribute(f"data-{AXES[name]}")) for name in REWARDS] == pytest.approx([facts["scores"][n] for n in REWARDS])
 
 

@@ -12,9 +12,10 @@ export function conversation(root) {
     add(text) {
       const slots = el("div", { class: "answers" });
       const said = el("p", { class: "user", dir: "auto" }, text);
-      const turn = { text, answers: {}, slots, root: el("section", { class: "turn", "aria-label": `Turn ${turns.length + 1}` }, said, slots) };
+      const whole = el("section", { class: "turn", "aria-label": `Turn ${turns.length + 1}` }, said, slots);
+      const turn = { text, answers: {}, slots, root: whole };
       turns.push(turn);
-      root.append(turn.root);
+      root.append(whole);
       return turn;
     },
     /** Give a turn its answers, in the order of the sides. */

@@ -77,11 +77,12 @@ export function draw(node, { names, fronts, main, others, live, promised, answer
   node.replaceChildren(svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${names[0]} and ${names[1]}. ${told}` },
     ...axis,
     ...seen.filter((front) => !main.includes(front)).map(draws), ...seen.filter((front) => main.includes(front)).map(draws),
-    ...answers.filter(({ old }) => old).map(({ side, x, y, text }) => mark(side, x, y, "answer old", text)),
+    ...answers.filter(({ old }) => old).map(({ side, x, y, text }) => mark(side, x, y, "scored old", text)),
     ...live.map(({ x, y }) => cross([x, y], "cross now")),
-    ...promised.map(({ x, y, text }) => svg("path", { class: "promised", d: `M${X(x)} ${Y(y) - 9}l9 9l-9 9l-9 -9z` }, svg("title", {}, text))),
+    ...promised.map(({ x, y, text }) =>
+      svg("path", { class: "promised", d: `M${X(x)} ${Y(y) - 9}l9 9l-9 9l-9 -9z` }, svg("title", {}, text))),
     ...live.map(({ side, x, y, text }) => mark(side, x.mean, y.mean, "live", text, close ? 8 : 0)),
-    ...answers.filter(({ old }) => !old).map(({ side, x, y, text }) => mark(side, x, y, "answer", text)),
+    ...answers.filter(({ old }) => !old).map(({ side, x, y, text }) => mark(side, x, y, "scored", text)),
   ));
 }
 
