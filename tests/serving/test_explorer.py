@@ -282,9 +282,9 @@ def test_words_show_what_pushed_them(page, url, long_seed):
     (choice,) = told(url, body)["choices"]
     push = choice["equipoise"]["push"]
     words = done.locator(".word:not(.mark)")
-    assert "".join(words.all_text_contents()) == choice["message"]["content"]
+    assert "".join(words.all_text_contents()) == "".join(choice["message"]["content"].split())
     shown = done.locator(".word").evaluate_all("nodes => nodes.map(node => [node.title, [...node.classList]])")
-    assert len(shown) == len(push) == 8
+    assert len(shown) == len(push) > 1
     coloured = 0
     for (title, classes), one in zip(shown, push, strict=True):
         assert title == ", ".join(f"{name} {signed(value)}" for name, value in one["nats"].items()) + " nats"

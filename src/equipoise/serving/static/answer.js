@@ -39,7 +39,7 @@ export function answerView(side, words, hue, units) {
       return;
     }
     pieces = aligned(answer.text, answer.push);
-    prose.replaceChildren(...pieces.map(word));
+    prose.replaceChildren(...pieces.flatMap(word));
     scrub.hidden = answer.open;
     range.max = pieces.length;
     if (!answer.open) pick(Math.min(Math.max(picked, 0), pieces.length - 1));
@@ -49,12 +49,14 @@ export function answerView(side, words, hue, units) {
     const top = strongest(piece.nats);
     const part = piece.mark === undefined;
     const title = piece.tokens ? pushed(piece.nats) : null;
-    const span = el("span", { title, "data-at": at, class: part ? "word" : "word mark" }, part ? piece.text : piece.mark || "(end)");
+    const text = part ? piece.text : piece.mark || "(end)";
+    const core = text.trimStart() || text; // the space before a word isn't coloured
+    const span = el("span", { title, "data-at": at, class: part ? "word" : "word mark" }, core);
     if (top) {
       span.classList.add(`o${hue(top[0])}`, top[1] > 0 ? "for" : "against");
       span.style.setProperty("--deep", `${Math.round(12 + 33 * Math.min(1, Math.abs(top[1]) / FULL))}%`);
     }
-    return span;
+    return [text.slice(0, text.length - core.length), span];
   }
 
   function pick(at) {

@@ -21,7 +21,7 @@ export function measured(about) {
     y.append(el("option", { value: name, selected: k === 1 }, name));
   });
   $("axes").hidden = names.length < 3;
-  which.append(el("option", { value: "" }, "that of the method"), ...choices.map((front, i) => el("option", { value: i }, title(front))));
+  which.append(el("option", { value: "" }, "the method's"), ...choices.map((front, i) => el("option", { value: i }, title(front))));
   $("others").closest("label").hidden = which.closest("label").hidden = !choices.length;
   for (const control of [x, y, which, $("others")]) {
     control.addEventListener("change", () => {

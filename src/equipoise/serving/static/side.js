@@ -62,7 +62,7 @@ export function sidePanel(about, { name, first, begun, hue, changed, code }) {
   }
 
   function going() {
-    const ways = [["kl_budget", "KL budget, nats"], ["beta", "beta, smaller is stronger"]].filter(([field]) => reads(field));
+    const ways = [["kl_budget", "KL, nats"], ["beta", "beta"]].filter(([field]) => reads(field));
     const by = Object.keys(offer.strength ?? {}).find(reads) ?? ways[0][0];
     const strength = (strengths[offer.method] ??= { kl_budget: 1, beta: 1, ...offer.strength, by });
     const budget = strength.by === "kl_budget";
@@ -85,7 +85,7 @@ export function sidePanel(about, { name, first, begun, hue, changed, code }) {
       ...ways.map(([field, label]) => el("option", { value: field, selected: field === strength.by }, label)));
     const label = el("label", { for: number.id }, "Strength", el("span", { class: "unseen" }, ` of ${name}`));
     const row = el("div", { class: "row" }, label, ways.length > 1 ? choice : el("span", { class: "soft" }, ways[0][1]), number);
-    return el("div", {}, row, budget ? range : null);
+    return el("div", {}, row, budget ? range : el("p", { class: "about" }, "A smaller beta steers more."));
   }
 
   function say(text) {
