@@ -246,7 +246,7 @@ def test_two_sides_answer_beside_each_other_and_each_goes_on_from_its_own(page, 
 
 
 def test_targets_are_typed_and_what_is_wrong_with_them_is_said(page, url):
-    page.get_by_label("Method").first.select_option("palette")
+    page.locator("#method-A").select_option("palette")
     field = page.get_by_label("Targets of A")
     assert field.input_value() == "brief>=+0.2sd diverse>=keep"
     field.fill("nonsense")
@@ -336,7 +336,7 @@ def test_live_asks_again_after_a_pause(page):
 
 
 def test_three_objectives_are_set_in_a_triangle(page):
-    page.get_by_label("Method").first.select_option("voices")
+    page.locator("#method-A").select_option("voices")
     corner = page.get_by_role("slider", name="Weights of A: up is more kind")
     fields = [page.get_by_label(f"{name} weight of A") for name in ("kind", "safe", "plain")]
 
@@ -475,7 +475,7 @@ CONTRAST = """() => {
 def test_controls_have_names_and_text_has_contrast_in_light_and_dark(page):
     page.check("#compare")
     page.check("#push")
-    page.get_by_label("Method").nth(1).select_option("palette")
+    page.locator("#method-B").select_option("palette")
     page.get_by_label("Strength of A", exact=True).fill("6")
     page.get_by_label("Targets of B").fill("nonsense")
     ask(page)
