@@ -269,6 +269,8 @@ def test_targets_are_typed_and_what_is_wrong_with_them_is_said(page, url):
     promise = ", ".join(f"{name} {signed(hoped[name])} sd" for name in REWARDS)
     expect(answer(page)).to_contain_text(promise)
     assert page.locator("path.promised").count() == 1
+    page.check("#push")
+    expect(page.locator("#legend")).to_have_text("This method doesn't say what pushed its words.")
 
 
 def test_words_show_what_pushed_them(page, url, long_seed):
@@ -300,6 +302,7 @@ def test_words_show_what_pushed_them(page, url, long_seed):
     # Objectives differ by more than hue.
     strokes = page.locator("#legend .word").evaluate_all("nodes => nodes.map(node => getComputedStyle(node).textDecorationStyle)")
     assert len(set(strokes)) == len(strokes) == 2
+    assert page.locator("#legend").inner_text().split() == list(REWARDS)
     reader = done.get_by_role("slider", name="Word of answer A")
     reader.focus()
     page.keyboard.press("ArrowRight")

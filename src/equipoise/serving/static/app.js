@@ -57,7 +57,6 @@ function begin(about) {
   length.value = Math.min(about.limits.max_tokens, 96);
   $("model").textContent = about.model;
   $("sides").append(...panels.map((panel) => panel.root));
-  $("legend").append(...objectives.map((name) => el("span", { class: `word for o${hue(name)}`, style: "--deep:35%" }, name)));
   const draft = (text) => { $("message").value = text; $("message").focus(); };
   $("examples").append(...EXAMPLES.map((text) => el("button", { type: "button", class: "quiet", on: { click: () => draft(text) } }, text)));
 
@@ -65,6 +64,11 @@ function begin(about) {
     const shown = sides().map((side) => side.name);
     const answers = talk.answers().filter(({ answer }) => shown.includes(answer.side));
     figure.show(sides(), answers.map(({ answer, turn }) => ({ answer, old: turn !== talk.last })));
+    const pushing = sides().filter(({ offer }) => offer.explains).flatMap(({ offer }) => offer.objectives);
+    const told = new Set([...pushing, ...answers.flatMap(({ answer }) => Object.keys(answer.push[0]?.nats ?? {}))]);
+    $("legend").replaceChildren(...objectives.filter((name) => told.has(name)).map((name) =>
+      el("span", { class: `word for o${hue(name)}`, style: "--deep:35%" }, name)));
+    if (!told.size) $("legend").textContent = "This method doesn't say what pushed its words.";
     $("welcome").hidden = talk.turns.length > 0;
     for (const id of ["again", "over"]) $(id).disabled = !talk.last;
     $("send").hidden = running !== null;
