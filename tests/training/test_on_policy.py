@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from conftest import prompt
 from equipoise.runs import read_json
 from equipoise.training import on_policy, online_dpo, ppo
-from equipoise.training.on_policy import Round, drawn_prompts, requests_of, scalarised, statistics, summary
+from equipoise.training.on_policy import drawn_prompts, requests_of, scalarised
+from equipoise.training.scored_round import Round, covariance_within, standard_error, statistics, summary
 from equipoise.types import Rollout, UserError
 from training.children import child_runner
 from training.on_policy_runs import FIT, HALF, NUMBERS, PLAIN, WEIGHTS, Table, far, make_rounds
