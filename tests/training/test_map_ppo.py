@@ -20,7 +20,15 @@ from training.on_policy_runs import FIT, SAMPLING, SMALL, law, make_rounds, prom
 
 INF = math.inf
 LOOP = on_policy.Config(
-    beta=1.0, reads="nothing", rounds=24, prompts=20, samples=20, steps=4, sampling=SAMPLING, lora=Lora(rank=0), fit=replace(FIT, batch_size=20)
+    beta=1.0,
+    reads="nothing",
+    rounds=24,
+    prompts=20,
+    samples=20,
+    steps=4,
+    sampling=SAMPLING,
+    lora=Lora(rank=0),
+    fit=replace(FIT, batch_size=20),
 )
 
 
@@ -32,8 +40,8 @@ def made(loop: on_policy.Config = LOOP, floor=(0.4, -INF), ceiling=(INF, INF), s
 
 
 def test_the_gap_is_to_the_bound_that_a_multiplier_stands_for():
-    """Level 1 of each. A floor of 3 and multipliers 0.5 and 0; a floor of 0 that is passed, paid for and not; a ceiling of 0.2, and one of 2
-    that is paid for; both bounds around the level and below it; none."""
+    """Level 1 of each. A floor of 3 and multipliers 0.5 and 0; a floor of 0 that is passed, paid for and not; a ceiling of 0.2, and one
+    of 2 that is paid for; both bounds around the level and below it; none."""
     multiplier_K = np.array([0.5, 0.0, 0.5, 0.0, 0.0, -0.5, 0.0, 0.0, 0.0])
     floor_K = np.array([3.0, 3.0, 0.0, 0.0, -INF, -INF, 0.5, 0.1, -INF])
     ceiling_K = np.array([INF, INF, INF, INF, 0.2, 2.0, 1.5, 0.3, INF])
@@ -54,7 +62,9 @@ def test_a_correction_by_hand():
     np.testing.assert_array_equal(moved([0.2, 0.0], [-1.0, 0.0]), [0.0, 0.0])
     np.testing.assert_array_equal(moved([-0.2, 0.0], [1.0, 0.0]), [0.0, 0.0])
     assert moved([1.0, 0.0], [0.5, 0.0], longest=0.1)[0] == pytest.approx(1.1)
-    assert corrected(np.array([0.4]), np.array([0.1]), np.zeros((1, 1)), 0.5, 1.0)[0] == pytest.approx(1.4), "a constant reward: the longest"
+    assert corrected(np.array([0.4]), np.array([0.1]), np.zeros((1, 1)), 0.5, 1.0)[0] == pytest.approx(1.4), (
+        "a constant reward: the longest"
+    )
 
 
 # --- where it ends, with policies that are known exactly: 3 prompts, 7 responses, 2 objectives

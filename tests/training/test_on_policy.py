@@ -99,12 +99,22 @@ def test_statistics_by_hand():
         number=4, requests=[], rollouts=said, weights_PK=np.ones((1, 2)), reward_PGK=10 * z_PGK, z_PGK=z_PGK, scalar_PG=np.array([[NAN, 4]])
     )
     found = statistics(scored, ("x", "y"))
+    assert np.isnan(list(found.pop("stderr").values())).all(), "of one prompt"
+    assert np.isnan(found.pop("covariance")).all(), "of one response that is scored on both"
     assert found == {
         **{"round": 4, "reward": {"x": 2.0, "y": 5.0}, "raw": {"x": 20.0, "y": 50.0}, "unscored": {"x": 0, "y": 1}, "scalar": 4.0},
         **{"kl_exact": pytest.approx(0.4), "kl_exact_p95": pytest.approx(0.58), "entropy_per_token": 1.75, "length": 2.0, "truncated": 0.5},
     }
     steps = [{"step": n, "loss": float(n), "grad_norm": g, "learning_rate": 1 / n} for n, g in ((1, 3.0), (2, 1.0))]
     assert summary(steps) == {"loss": 1.5, "grad_norm": 3.0, "learning_rate": 0.5}
+
+
+def test_covariances_and_standard_errors_by_hand():
+    """Prompts of (0, 0), (2, 4) and of (1, 5), (3, 5), (5, 2): covariances ((2, 4), (4, 8)) and ((4, -3), (-3, 3)); one response that
+    lacks y is left out of these, not of x's means 1, 3 and 7, whose sd is sqrt(28/3)."""
+    z_PGK = np.array([[[0.0, 0], [2, 4], [NAN, NAN]], [[1, 5], [3, 5], [5, 2]], [[7, NAN], [7, 1], [7, NAN]]])
+    np.testing.assert_allclose(covariance_within(z_PGK), [[3, 0.5], [0.5, 5.5]])
+    np.testing.assert_allclose(standard_error(z_PGK), [math.sqrt(28 / 9), np.std([2, 4, 1], ddof=1) / math.sqrt(3)])
 
 
 # --- where it leads

@@ -13,8 +13,8 @@ it goes a share a of its way to pi_v after each measurement, errors of v shrink 
 back where step > a / 4, and not at all at step = 1. The correction starts from v and not from where the policy is, so that it ends only
 where the targets are met, also by a policy that can't become pi_v.
 
-v starts as the palette's dual has it on a bank of the reference's responses. The rounds end early once `patience` measurements in a row have
-every level at its target within 1.96 standard errors (over prompts), neither short of it nor, where it costs KL, past it.
+v starts as the palette's dual has it on a bank of the reference's responses. The rounds end early once `patience` measurements in a row
+have every level at its target within 1.96 standard errors (over prompts), neither short of it nor, where it costs KL, past it.
 
 Paper: MAP (2410.19198), sections 2 and 3. Departures: the outer loop (there v is the bank's, whatever the policy then does; CAID,
 2505.19387, has it for DPO); rewards are standardised; ceilings; PPO's KL is exact, and at its full weight throughout.
@@ -118,8 +118,8 @@ class MAP:
         loop, how = self.ppo.loop, self.ppo.config
         if loop.beta != 1 or loop.scalarisation != "linear" or how.kl_target:
             raise UserError(
-                "the multipliers are nats, and say how far to go: MAP needs loop.beta 1, loop.scalarisation linear and ppo.kl_target 0, got "
-                f"{loop.beta:g}, {loop.scalarisation} and {how.kl_target:g}"
+                "the multipliers are nats, and say how far to go: MAP needs loop.beta 1, loop.scalarisation linear and ppo.kl_target 0, "
+                f"got {loop.beta:g}, {loop.scalarisation} and {how.kl_target:g}"
             )
         if how.advantage not in ("rloo", "gae"):
             raise UserError(f"MAP needs an advantage in nats, rloo or gae: {how.advantage} divides it by its spread")
@@ -145,7 +145,7 @@ class MAP:
         return found if gap_K is None else found | {"gap": self._named(gap_K)}
 
     def outcome(self, records: Sequence[Record], scale: Normaliser) -> Record:
-        """The last measurement by asked objective, in the rewards' own units: bounds, level, its standard error, multiplier, if it is met."""
+        """The last measurement by asked objective, in the rewards' own units: bounds, level, standard error, multiplier, if it is met."""
         level_K, stderr_K, _, _, met_K = self._measured(records)
         bounds = {"floor": np.array(self.floor_K), "ceiling": np.array(self.ceiling_K), "level": level_K}
         columns = {key: unscaled(value_K, scale.mean_K, scale.sd_K) for key, value_K in bounds.items()}

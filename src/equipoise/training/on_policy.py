@@ -43,6 +43,7 @@ from equipoise.training.policy import conclude, load_start
 from equipoise.training.scored_round import Record, Round, statistics, summary
 from equipoise.types import LossOutput, Prompt, Request, Reward, Sampler, UserError
 
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What a round is, how many there are, and when a run stops itself."""
@@ -178,8 +179,14 @@ def scalarised(z_PGK: np.ndarray, weights_PK: np.ndarray, config: Config) -> np.
     return np.stack([chebyshev(z_GK, w_K, config.ideal) for z_GK, w_K in zip(z_PGK, weights_PK.tolist(), strict=True)])
 
 
-def trained_at(objectives: Sequence[str], config: Config) -> Record:
-    """What a card says of the trade-off, by which the policy is served."""
+def trained_at(objectives: Sequence[str], config: Config, made: Mapping[str, float] | None = None) -> Record:
+    """What a card says of the trade-off, by which the policy is served.
+
+    Weights v that a method made are at beta what v / sum v is at beta / sum v; with a negative one there are none on the simplex.
+    """
+    if made and min(made.values()) >= 0 and sum(made.values()) > 0:
+        total = sum(made.values())
+        return {"objectives": tuple(objectives), "weights": tuple(made[name] / total for name in objectives), "beta": config.beta / total}
     said = {"weights": parse_weights(config.weights, objectives)} if config.weights else {"reads": config.reading}
     return {"objectives": tuple(objectives), **said}
 
@@ -347,7 +354,9 @@ def train(
     if config.weights:
         parse_weights(config.weights, objectives)
     if (config.reads == "nothing" and not config.weights) != ("weights" in (method.settings([]) or {})):
-        raise UserError(f"{method.title} with weights {config.weights!r} and reads {config.reads!r}: `train map` alone makes its own weights")
+        raise UserError(
+            f"{method.title} with weights {config.weights!r} and reads {config.reads!r}: `train map` alone makes its own weights"
+        )
     if config.ideal and len(config.ideal) != len(objectives):
         raise UserError(f"the ideal {config.ideal} is of {len(config.ideal)} objectives, and the rewards are {', '.join(objectives)}")
     if scale.objectives != objectives:
@@ -357,7 +366,8 @@ def train(
     about = {"base": start.base.name, "weights_key": start.weights}
     records = Rounds(learner, prompts, rewards, scale, sampler_of(learner), method, config, run.folder).run()
     folders = learner.save(run.folder)
-    card: dict[str, Any] = {"method": method.title, "model": source, "beta": config.beta, **trained_at(objectives, config), **about}
+    asked = trained_at(objectives, config, records[-1].get("weights"))
+    card: dict[str, Any] = {"method": method.title, "model": source, "beta": config.beta, **asked, **about}
     card |= {"trained_parameters": sum(p.numel() for p in learner.trained.parameters() if p.requires_grad)}
     card |= {"responses": len(records) * config.prompts * config.samples, "last_round": records[-1]}
     run.outputs += [run.folder / "log.jsonl", *sorted((run.folder / "rounds").rglob("*.*"))]
