@@ -51,6 +51,7 @@ install_import_hook(
         "equipoise.training.sipo_report",
         "equipoise.training.sipo_scores",
         "equipoise.training.soup",
+        "equipoise.training.trl_policy",
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )

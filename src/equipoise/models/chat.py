@@ -45,7 +45,12 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, header: bool = True) -> list[i
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template([dict(m) for m in prompt.messages], tokenize=False, add_generation_prompt=header)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(_lines(prompt) + "assistant:" * header)["input_ids"])
+    return list(tokenizer(plain_text(prompt, header=header))["input_ids"])
+
+
+def plain_text(prompt: Prompt, *, header: bool = True) -> str:
+    """What `prompt_ids` tokenises where there is no template."""
+    return _lines(prompt) + "assistant:" * header
 
 
 def turn_end(tokenizer: Any, prompt: Prompt) -> int:

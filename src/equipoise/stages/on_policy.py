@@ -1,4 +1,4 @@
-"""The stages `train ppo`, `train online_dpo` and `train map`: policies that learn from rewards of what they say themselves."""
+"""The stages `train ppo`, `train online_dpo`, `train map` and `train trl`: policies that learn from rewards of what they say themselves."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from equipoise.objectives import Normaliser, scaled
 from equipoise.progress import say
-from equipoise.runs import EXECUTION, stage
+from equipoise.runs import EXECUTION, Manifest, stage
 from equipoise.stages import common
 from equipoise.stages.preferences import parents_of, trained_folder
-from equipoise.training import map_ppo, on_policy, online_dpo, ppo
-from equipoise.types import Sampler, UserError
+from equipoise.training import map_ppo, on_policy, online_dpo, ppo, trl_policy
+from equipoise.types import Prompt, Reward, Sampler, UserError
 
 if TYPE_CHECKING:
+    from equipoise.palette.quote import Quote
     from equipoise.training.learner import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnPolicy:
-    """What is sampled and scored."""
+class Scored:
+    """What is asked and how it is scored."""
 
     out: Path
     """Run folder to write."""
@@ -39,10 +42,16 @@ class OnPolicy:
     """Model behind rewards that are heads on hidden states."""
     statistics: Path
     """Frozen statistics of the reference's rewards, as `normalise` writes them: what a standard deviation of each reward is."""
-    loop: on_policy.Config = field(default_factory=on_policy.Config)
-    """Rounds, weights, and what the policy reads of them."""
     cache: Path | None = field(default=None, metadata=EXECUTION)
     """Folder of scores that are kept between runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicy(Scored):
+    """What is sampled and scored in rounds."""
+
+    loop: on_policy.Config = field(default_factory=on_policy.Config)
+    """Rounds, weights, and what the policy reads of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +106,12 @@ def train_map(config: TrainMAP) -> Path:
     return _train(config, "train map", lambda scale: _map_of(config, scale), parents)
 
 
-def _map_of(config: TrainMAP, scale: Normaliser) -> map_ppo.MAP:
-    """MAP from what the palette's dual says of the bank.
+def _quoted(config: TrainMAP) -> Quote:
+    """What the palette's dual says of the ask on the bank.
 
-    Raises `UserError` for a bank that is steered or not that of the statistics, and for targets that it can't show to be possible.
+    Raises `UserError` for a bank that was steered, isn't that of the statistics, or has one response per prompt, and for targets that
+    it can't show to be possible.
     """
-    import numpy as np
-
     from equipoise.palette.banks import Bank
     from equipoise.palette.quote import quote
     from equipoise.rewards.normalisation import Statistics
@@ -119,9 +127,6 @@ def _map_of(config: TrainMAP, scale: Normaliser) -> map_ppo.MAP:
         raise UserError(f"{config.bank} has one response per prompt: sample several, or say --dual pooled")
     found = quote(bank, config.ask, dual=config.dual, n_boot=0)
     names, nearest = found.targets.objectives, found.certificate
-    unknown = [name for name in names if name not in scale.objectives]
-    if unknown:
-        raise UserError(f"the ask is about {unknown[0]!r}, and the rewards are {', '.join(scale.objectives)}: add it to them")
     statistics.normaliser(names, run.scorers)  # the bank's scorers are those of the statistics
     if found.solution is None or not found.solution.converged:
         bounds = zip(names, nearest.nearest_floor_K.tolist(), nearest.nearest_ceiling_K.tolist(), strict=True)
@@ -132,6 +137,17 @@ def _map_of(config: TrainMAP, scale: Normaliser) -> map_ppo.MAP:
         )
     for warning in found.warnings():
         say(f"the bank: {warning}")
+    return found
+
+
+def _map_of(config: TrainMAP, scale: Normaliser) -> map_ppo.MAP:
+    """MAP in standard deviations. Raises `UserError` as `_quoted` does, and for a target on what is no reward."""
+    found = _quoted(config)
+    assert found.solution is not None, "refused otherwise"
+    names = found.targets.objectives
+    unknown = [name for name in names if name not in scale.objectives]
+    if unknown:
+        raise UserError(f"the ask is about {unknown[0]!r}, and the rewards are {', '.join(scale.objectives)}: add it to them")
 
     def placed(value_K: np.ndarray, rest: float) -> np.ndarray:
         """The values in the order of the rewards."""
@@ -161,9 +177,44 @@ def _reached(method: on_policy.Method, records: Sequence[on_policy.Record], scal
     return {"targets": found}
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainTRL(Scored):
+    """Train adapters by TRL on several rewards at one weighting."""
+
+    trl: trl_policy.Config
+    """Algorithm, weights and sizes."""
+
+
+def train_trl(config: TrainTRL) -> Path:
+    """Train and return the adapter's folder."""
+
+    def by_trl(prompts: Sequence[Prompt], rewards: Sequence[Reward], scale: Normaliser, run: Manifest) -> Mapping[str, Any]:
+        trl_policy.train(prompts, rewards, scale, config.model, config.trl, run)
+        return {}
+
+    return _scored(config, "train trl", by_trl)
+
+
 def _train(
     config: OnPolicy, command: str, method_of: Callable[[Normaliser], on_policy.Method], more: Mapping[str, Path] | None = None
 ) -> Path:
+    def in_rounds(prompts: Sequence[Prompt], rewards: Sequence[Reward], scale: Normaliser, run: Manifest) -> Mapping[str, Any]:
+        method = method_of(scale)
+        records = on_policy.train(
+            prompts, rewards, scale, config.model, config.loop, method, run, lambda learner: policy_sampler(learner, config.loop)
+        )
+        return _reached(method, records, scale)
+
+    return _scored(config, command, in_rounds, more)
+
+
+def _scored(
+    config: Scored,
+    command: str,
+    train: Callable[[Sequence[Prompt], Sequence[Reward], Normaliser, Manifest], Mapping[str, Any]],
+    more: Mapping[str, Path] | None = None,
+) -> Path:
+    """Train in the stage's folder, which is returned; `train` gives what the manifest is to say."""
     from equipoise.data.prompts import prompts_file
     from equipoise.rewards import artefacts, load_rewards, needs_model, parse_name
     from equipoise.rewards.normalisation import Statistics
@@ -180,11 +231,7 @@ def _train(
             }
             scale = Statistics.read(config.statistics).normaliser(list(scorers), scorers)
             prompts = common.prompts_of(config.prompts, config.split, config.limit)
-            method = method_of(scale)
-            records = on_policy.train(
-                prompts, rewards, scale, config.model, config.loop, method, run, lambda learner: policy_sampler(learner, config.loop)
-            )
-            run.facts |= {"scorers": scorers, **_reached(method, records, scale)}
+            run.facts |= {"scorers": scorers, **train(prompts, rewards, scale, run)}
     return trained_folder(config.out)
 
 
