@@ -16,7 +16,7 @@ from equipoise.objectives import Normaliser
 from equipoise.training import on_policy, ppo
 from equipoise.training.map_ppo import MAP, Config, corrected, gaps
 from equipoise.types import UserError
-from training.on_policy_runs import FIT, SAMPLING, SMALL, law, make_rounds, prompts_of
+from training.on_policy_runs import FIT, SAMPLING, SMALL, Table, law, make_rounds, prompts_of
 
 INF = math.inf
 LOOP = on_policy.Config(
@@ -246,6 +246,37 @@ def test_a_policy_is_trained_to_its_targets_from_multipliers_that_were_wrong(tmp
     np.testing.assert_allclose(found_K, aim_K, atol=0.25)
     assert np.abs(has_PS - aim_PS).sum(axis=1).max() / 2 < 0.05
     assert {n for n, r in enumerate(records) if "gap" in r} == {4, 8, 12, 16, 20}
+
+
+class Failing(Table):
+    """A reward that fails once, in the third round."""
+
+    calls = 0
+
+    def __call__(self, prompts, responses):
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("out of memory")
+        return super().__call__(prompts, responses)
+
+
+def test_a_run_that_stopped_goes_on_with_the_same_multipliers_and_one_that_is_at_its_targets_ends(tmp_path):
+    loop = replace(LOOP, rounds=3, prompts=2, samples=3, steps=1)
+
+    def run(out, floor, rewards=None):
+        return make_rounds(lambda loop: made(loop, floor, start=(0.3, 0.0), every=1, patience=1), loop, tmp_path / out, rewards)
+
+    asked = (2.0, 3.0)
+    rewards = [Table("x"), Failing("y")]
+    with pytest.raises(UserError, match="paused in round 3 of 3"):
+        run("stopped", asked, rewards).run()
+    found = run("stopped", asked, rewards).run()
+    assert found == run("whole", asked).run()
+    assert len({record["weights"]["x"] for record in found}) == 3
+    easy = (-9.0, -INF)
+    ended = run("easy", easy).run()
+    assert [record["weights"] for record in ended] == [{"x": 0.3, "y": 0.0}, {"x": 0.0, "y": 0.0}]
+    assert run("easy", easy).run() == ended
 
 
 # --- bad input
