@@ -123,10 +123,8 @@ def test_rloo_by_trl_reaches_the_closed_form(tmp_path):
         trainer.model.eval()
         return max(np.abs(law(SMALL, trainer.model, one) - optimum(SMALL, one, WEIGHTS, loop)).sum() / 2 for one in asked)
 
-    before = far()
+    assert far() > 0.15
     trainer.train()
-    print(before, far())
-    assert before > 0.15
     assert far() < 0.05
 
 
@@ -135,13 +133,13 @@ def run_of(folder) -> Manifest:
 
 
 class Failing(Table):
-    """Fails on the third batch."""
+    """Fails from the third batch on, until it is mended."""
 
     calls = 0
 
     def __call__(self, prompts, responses):
-        Failing.calls += 1
-        if Failing.calls == 3:
+        self.calls += 1
+        if 3 <= self.calls < 100:
             raise RuntimeError("out of memory")
         return super().__call__(prompts, responses)
 
@@ -152,11 +150,11 @@ def test_a_run_that_stopped_ends_with_the_same_bytes(tmp_path):
     SMALL.lm.model.save_pretrained(source)
     SMALL.tokenizer.save_pretrained(source)
     for name in ("whole", "stopped"):
-        Failing.calls = -100 if name == "whole" else 0
-        rewards = [Table("x"), Failing("y")]
+        rewards = [Table("x"), Failing("y") if name == "stopped" else Table("y")]
         if name == "stopped":
             with pytest.raises(UserError, match=r"reward 'y' failed on rollout .*out of memory"):
                 train(prompts_of(), rewards, PLAIN, str(source), CONFIG, run_of(tmp_path / name))
+            rewards[1].calls = 100
         train(prompts_of(), rewards, PLAIN, str(source), CONFIG, run_of(tmp_path / name))
     whole, stopped = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped"))
     assert whole == stopped
