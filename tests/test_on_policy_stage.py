@@ -1,4 +1,4 @@
-"""`train ppo`, `train online_dpo` and `train map` from the command line: what they write, how it is served, and what they refuse."""
+"""`train ppo`, `train online_dpo`, `train map` and `train trl` from the command line: what they write, how it is served, and what they refuse."""
 
 from __future__ import annotations
 
@@ -162,6 +162,22 @@ def test_a_bank_of_other_responses_than_the_statistics(tiny, tmp_path, capsys):
     assert main(f"normalise --run {tmp_path}/own --out {tmp_path}/statistics.json".split()) == 0
     own = [*asked, "--out", str(tmp_path / "one"), "--statistics", str(tmp_path / "statistics.json")]
     assert "has one response per prompt: sample several, or say --dual pooled" in refused(own, capsys)
+
+
+def test_trl_trains_on_our_rewards(tiny, tmp_path, capsys):
+    """Two steps, whose rewards TRL logs in sd of the statistics; the adapter is served at the weights of its card."""
+    pytest.importorskip("trl")
+    asked = f"train trl --out {tmp_path}/run --model {tiny}/model --prompts {tiny}/prompts.jsonl --rewards {REWARDS}"
+    line = [*asked.split(), "--statistics", str(tiny / "statistics.json"), "--trl.weights", "long=0.25,readable=0.75"]
+    line += "--trl.steps 2 --trl.prompts 4 --trl.samples 3 --trl.batch_size 6 --trl.lora.rank 2 --trl.max_new_tokens 6".split()
+    assert main(line) == 0
+    history = read_json(tmp_path / "run" / "history.json")
+    assert [entry["step"] for entry in history] == [1, 2]
+    assert all(abs(entry[f"rewards/{name}/mean"]) < 4 for entry in history for name in ("long", "readable"))
+    served = f"sample --out {tmp_path}/said --model {tiny}/model --prompts {tiny}/prompts.jsonl --limit 2 --samples 1"
+    assert main([*served.split(), "--policy", str(tmp_path / "run" / "adapter"), "--sampling.max_new_tokens", "4"]) == 0
+    assert {r.weights for r in read_rollouts(tmp_path / "said" / "rollouts")} == {(0.25, 0.75)}
+    assert "beta is 0; rloo, or" in refused([*line, "--out", str(tmp_path / "grpo"), "--trl.algorithm", "grpo"], capsys)
 
 
 def test_ppo_has_to_be_told_its_weights(tiny, tmp_path, capsys):

@@ -318,7 +318,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ({"reads": "tea leaves"}, "reads weights in its prompt or its parameters, not in 'tea leaves'"),
+        ({"reads": "tea leaves"}, "reads weights in its prompt or its parameters, or nothing, not in 'tea leaves'"),
         ({"scalarisation": "chebyshev"}, "scalarise by linear, or by chebyshev and an ideal"),
         ({"beta": 0.0}, "beta, max_kl and concentration must be positive"),
         ({"samples": 1}, "samples at least 2"),

@@ -168,7 +168,7 @@ def test_a_run_that_stopped_ends_with_the_same_bytes(tmp_path):
     other = Normaliser(objectives=("y", "x"), mean_K=(0.0, 0.0), sd_K=(1.0, 1.0))
     with pytest.raises(UserError, match=r"the statistics are of y, x, and the rewards are x, y"):
         train(prompts_of(), [Table("x"), Table("y")], other, str(source), CONFIG, run_of(tmp_path / "other"))
-    with pytest.raises(UserError, match="a batch takes 3 prompts, and there are 2"):
+    with pytest.raises(UserError, match="a round takes 3 prompts, and there are 2"):
         train(
             prompts_of(), [Table("x"), Table("y")], PLAIN, str(source), replace(CONFIG, prompts=3, batch_size=9), run_of(tmp_path / "few")
         )

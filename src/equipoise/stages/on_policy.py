@@ -157,11 +157,12 @@ def _map_of(config: TrainMAP, scale: Normaliser) -> map_ppo.MAP:
     floor_K, ceiling_K = placed(found.targets.floor_K, -np.inf), placed(found.targets.ceiling_K, np.inf)
     start_K = placed(found.solution.multiplier_K, 0.0) * np.array(scale.sd_K)
     return map_ppo.MAP(
-        config.map,
-        ppo.PPO(config.ppo, config.loop),
-        scale.objectives,
-        *(tuple(scaled(bound_K, scale.mean_K, scale.sd_K).tolist()) for bound_K in (floor_K, ceiling_K)),
-        tuple(start_K.tolist()),
+        config=config.map,
+        ppo=ppo.PPO(config.ppo, config.loop),
+        objectives=scale.objectives,
+        floor_K=tuple(scaled(floor_K, scale.mean_K, scale.sd_K).tolist()),
+        ceiling_K=tuple(scaled(ceiling_K, scale.mean_K, scale.sd_K).tolist()),
+        start_K=tuple(start_K.tolist()),
     )
 
 

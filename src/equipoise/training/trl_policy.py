@@ -39,6 +39,7 @@ from equipoise.progress import bar
 from equipoise.rewards.scoring import Text, score
 from equipoise.runs import Manifest, digest_of, recorded
 from equipoise.training.fit import DivergedError, last_sealed, seal
+from equipoise.training.on_policy import drawn_prompts
 from equipoise.training.policy import conclude, load_start, save_policy
 from equipoise.types import Prompt, UserError
 
@@ -151,6 +152,12 @@ class Told:
 # --- the run
 
 
+def asked_in_order(prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
+    """The prompts of all batches of the run, as our rounds draw them: TRL's own order would begin anew where a killed run goes on."""
+    batches = -(-config.steps // config.reuse)
+    return [prompt for number in range(batches) for prompt in drawn_prompts(prompts, config.prompts, number, config.seed)]
+
+
 def rows_of(tokenizer: Any, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     """TRL's rows, from which it makes the token ids of `chat.prompt_ids`: messages where there is a template, else text."""
     if getattr(tokenizer, "chat_template", None):
@@ -168,7 +175,7 @@ def settings_of(config: Config, weights_K: Sequence[float], output: str) -> dict
         **{"learning_rate": config.learning_rate, "lr_scheduler_type": "linear", "warmup_steps": round(config.warmup * config.steps)},
         **{"per_device_train_batch_size": config.batch_size, "gradient_accumulation_steps": per_step, "steps_per_generation": per_step},
         **{"num_generations": config.samples, "num_iterations": config.reuse, "epsilon": config.clip, "beta": config.beta},
-        **{"reward_weights": list(weights_K), "max_completion_length": config.max_new_tokens},
+        **{"reward_weights": list(weights_K), "max_completion_length": config.max_new_tokens, "shuffle_dataset": False},
         **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "bf16": False, "gradient_checkpointing": False, "report_to": "none"},
         **{"logging_steps": 1, "save_strategy": "steps", "save_steps": config.checkpoint_every, "save_total_limit": 2},
         **{"disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available(), "logging_nan_inf_filter": False},
@@ -176,7 +183,10 @@ def settings_of(config: Config, weights_K: Sequence[float], output: str) -> dict
 
 
 def make_trainer(lm: Any, config: Config, functions: Sequence[Callable[..., Any]], prompts: Sequence[Prompt], output: str) -> Any:
-    """TRL's trainer of new adapters on a model, which is the reference. Raises `UserError` where trl is missing."""
+    """TRL's trainer of new adapters on a model, which is the reference.
+
+    Raises `UserError` where trl is missing, and where there are too few prompts for a batch.
+    """
     import torch
 
     try:
@@ -190,16 +200,16 @@ def make_trainer(lm: Any, config: Config, functions: Sequence[Callable[..., Any]
         trainer, arguments = RLOOTrainer, RLOOConfig(**shared, normalize_advantages=False)
     else:
         how = "sum_then_normalize" if config.algorithm == "grpo" else "normalize_then_sum"
-        own = {"loss_type": "dr_grpo", "scale_rewards": "none", "multi_objective_aggregation": how}
-        trainer, arguments = GRPOTrainer, GRPOConfig(**shared, **own)
+        shared |= {"loss_type": "dr_grpo", "scale_rewards": "none", "multi_objective_aggregation": how}
+        trainer, arguments = GRPOTrainer, GRPOConfig(**shared)
     no_dropout(lm.model)
     lm.model.generation_config.eos_token_id = list(lm.eos_ids)
     torch.manual_seed(config.seed)  # new adapters
-    made = trainer(
+    made: Any = trainer(
         model=lm.model,
         reward_funcs=list(functions),
         args=arguments,
-        train_dataset=Dataset.from_list(rows_of(lm.tokenizer, prompts)),
+        train_dataset=Dataset.from_list(rows_of(lm.tokenizer, asked_in_order(prompts, config))),
         processing_class=copy.deepcopy(lm.tokenizer),  # it sets the side of the padding
         peft_config=lora_settings(lm.model, config.lora, "CAUSAL_LM"),
     )
@@ -223,8 +233,6 @@ def train(
     weights_K = parse_weights(config.weights, objectives)
     if scale.objectives != objectives:
         raise UserError(f"the statistics are of {', '.join(scale.objectives)}, and the rewards are {', '.join(objectives)}")
-    if len(prompts) < config.prompts:
-        raise UserError(f"a batch takes {config.prompts} prompts, and there are {len(prompts)}: give more prompts, or set prompts lower")
     start, folder = load_start(source), run.folder / "checkpoints"
     trainer = make_trainer(start.lm, config, Told(rewards, prompts, scale, weights_K).functions(), prompts, str(folder))
     identity = digest_of({"config": recorded(config), "scale": recorded(scale), "prompts": [prompt.id for prompt in prompts]})
