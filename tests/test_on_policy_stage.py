@@ -1,4 +1,4 @@
-"""`train ppo` and `train online_dpo` from the command line: what they write, how it is served, and what they refuse."""
+"""`train ppo`, `train online_dpo`, `train map` and `train trl` from the command line: what they write, how it is served, and what they refuse."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from equipoise.models.chat import prompt_ids
 from equipoise.models.conditions import weights_in_prompt
 from equipoise.models.loading import load_model
 from equipoise.models.weighted_lora import conditioned
+from equipoise.palette.dual import prepare, solve
 from equipoise.rollouts import read_rollouts
 from equipoise.runs import read_json
-from equipoise.stages.common import prompts_of
+from equipoise.stages.common import prompts_of, scored_run
 from equipoise.tiny import write_tiny
 from equipoise.types import Request
 
@@ -46,7 +47,7 @@ def words(tiny: Path, command: str, out: Path, *more: str) -> list[str]:
 def refused(line: list[str], capsys) -> str:
     capsys.readouterr()
     assert main(line) == 2
-    said = [text for text in capsys.readouterr().err.splitlines() if not re.match(r"loading |round \d", text)]
+    said = [text for text in capsys.readouterr().err.splitlines() if not re.match(r"loading |round \d|the bank: ", text)]
     assert len(said) == 1, said
     return said[0]
 
@@ -102,6 +103,85 @@ def test_a_policy_that_reads_weights_is_served_as_it_was_trained(tiny, tmp_path,
         np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-4)
         differ = max(differ, float(np.abs(np.subtract(rollout.logprobs, rollout.ref_logprobs)).max()))
     assert differ > 1e-3
+
+
+ASK = "readable>=+0.2sd long>=keep-1"
+
+
+def test_map_is_trained_towards_its_targets(tiny, tmp_path):
+    """Two corrections in three rounds; the bank's multipliers are the dual's, per unit, times the sd; floors are the bank's levels."""
+    line = words(tiny, "map", tmp_path, "--bank", str(tiny / "own"), "--ask", ASK, "--map.every", "1", "--loop.rounds", "3")
+    assert main(line) == 0
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    run, scale = scored_run(tiny / "own"), read_json(tiny / "statistics.json")
+    raw_NK = run.reward_of(["readable", "long"])
+    there_N = np.isfinite(raw_NK).all(axis=1)
+    raw_NK, groups = raw_NK[there_N], np.array([r.prompt_id for r in run.responses])[there_N]
+    floor = {"readable": raw_NK[:, 0].mean() + 0.2 * raw_NK[:, 0].std(), "long": raw_NK[:, 1].mean() - 1}
+    starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
+    dual = solve(prepare(raw_NK, starts), np.array([floor["readable"], floor["long"]]))
+    first = [records[0]["weights"][name] / scale["sd_K"][scale["objectives"].index(name)] for name in ("readable", "long")]
+    np.testing.assert_allclose(first, dual.multiplier_K, rtol=1e-9, atol=1e-12)
+    assert [sorted(r.keys() & {"gap"}) for r in records] == [[], ["gap"], ["gap"]]
+    lacks = (floor["readable"] - records[0]["raw"]["readable"]) / scale["sd_K"][scale["objectives"].index("readable")]
+    assert records[1]["gap"]["readable"] == pytest.approx(lacks)
+    assert records[1]["weights"] != records[0]["weights"]
+    said = read_json(tmp_path / "manifest.json")["facts"]["targets"]
+    assert said["readable"]["floor"] == pytest.approx(floor["readable"])
+    assert said["readable"]["level"] == pytest.approx(records[2]["raw"]["readable"])
+    assert said["readable"]["ceiling"] is None
+    card, total = read_json(tmp_path / "card.json"), sum(records[2]["weights"].values())
+    assert (card["method"], card["responses"], card["beta"]) == ("MAP", 36, pytest.approx(1 / total))
+    assert card["weights"] == pytest.approx([records[2]["weights"][name] / total for name in ("long", "readable")])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--ask", "kind>=q70"), "the bank has no objective 'kind'"),
+        (("--ask", "readable>=+9sd"), "'readable>=+9sd' can't be had of the responses in"),
+        (("--ask", "readable>=+9sd"), "Ask for less, or sample more responses per prompt"),
+        (("--ask", ASK, "--rewards", "[long]"), "the ask is about 'readable', and the rewards are long"),
+        (("--ask", ASK, "--loop.weights", "0.5,0.5"), "`train map` alone makes its own weights"),
+        (("--ask", ASK, "--loop.beta", "0.5"), "MAP needs loop.beta 1"),
+        (("--ask", ASK, "--bank", "own.csv"), "the bank own.csv is no folder"),
+    ],
+)
+def test_targets_that_cant_be_trained_for(tiny, tmp_path, capsys, more, says):
+    assert says in refused(words(tiny, "map", tmp_path, "--bank", str(tiny / "own"), "--map.every", "1", *more), capsys)
+
+
+def test_a_bank_of_other_responses_than_the_statistics(tiny, tmp_path, capsys):
+    line = (
+        f"sample --out {tmp_path}/own --model {tiny}/model --prompts {tiny}/prompts.jsonl --limit 4 --samples 1 --sampling.max_new_tokens 6"
+    )
+    assert main(line.split()) == 0
+    assert main(f"score --run {tmp_path}/own --model {tiny}/model --rewards {REWARDS}".split()) == 0
+    asked = words(tiny, "map", tmp_path / "map", "--bank", str(tmp_path / "own"), "--ask", ASK)
+    assert "has the statistics of other responses than" in refused(asked, capsys)
+    assert main(f"normalise --run {tmp_path}/own --out {tmp_path}/statistics.json".split()) == 0
+    own = [*asked, "--out", str(tmp_path / "one"), "--statistics", str(tmp_path / "statistics.json")]
+    assert "has one response per prompt: sample several, or say --dual pooled" in refused(own, capsys)
+
+
+def test_trl_trains_on_our_rewards(tiny, tmp_path, capsys):
+    """Two steps, whose rewards TRL logs in sd of the statistics; the adapter is served at the weights of its card."""
+    pytest.importorskip("trl")
+    asked = f"train trl --out {tmp_path}/run --model {tiny}/model --prompts {tiny}/prompts.jsonl --rewards {REWARDS}"
+    line = [*asked.split(), "--statistics", str(tiny / "statistics.json"), "--trl.weights", "long=0.25,readable=0.75"]
+    line += "--trl.steps 2 --trl.prompts 4 --trl.samples 3 --trl.batch_size 6 --trl.lora.rank 2 --trl.max_new_tokens 6".split()
+    assert main(line) == 0
+    history = read_json(tmp_path / "run" / "history.json")
+    assert [entry["step"] for entry in history] == [1, 2]
+    assert all(abs(entry[f"rewards/{name}/mean"]) < 4 for entry in history for name in ("long", "readable"))
+    served = f"sample --out {tmp_path}/said --model {tiny}/model --prompts {tiny}/prompts.jsonl --limit 2 --samples 1"
+    assert main([*served.split(), "--policy", str(tmp_path / "run" / "adapter"), "--sampling.max_new_tokens", "4"]) == 0
+    assert {r.weights for r in read_rollouts(tmp_path / "said" / "rollouts")} == {(0.25, 0.75)}
+    assert "beta is 0; rloo, or" in refused([*line, "--out", str(tmp_path / "grpo"), "--trl.algorithm", "grpo"], capsys)
+
+
+def test_ppo_has_to_be_told_its_weights(tiny, tmp_path, capsys):
+    assert "PPO with weights '' and reads 'nothing'" in refused(words(tiny, "ppo", tmp_path, "--loop.reads", "nothing"), capsys)
 
 
 def test_another_scale_of_the_rewards_is_refused(tiny, tmp_path, capsys):

@@ -24,6 +24,7 @@ METHODS = {
     "sipo_helpsteer": {"MOD", "SIPO", "soup", "SIPO-soup"},
     "modpo_saferlhf": {"MODPO", "MOD", "soup"},
     "morlhf_hh": {"MORLHF"},
+    "map_training_hh": {"MAP"},
     "online_dpo_hh": {"prompt", "parameters"},
     "preferences": {"soup", "MOD", "MODPO", "PARM"},
     "parm_saferlhf": {"PARM", "GenARM", "MOD", "soup"},

@@ -46,6 +46,13 @@ COMMANDS = {
         "train_online_dpo",
         "a policy on pairs of its own responses, at any weights (online DPO)",
     ),
+    "train map": (
+        "equipoise.stages.on_policy",
+        "TrainMAP",
+        "train_map",
+        "a policy that meets targets: PPO at a palette's multipliers (MAP)",
+    ),
+    "train trl": ("equipoise.stages.on_policy", "TrainTRL", "train_trl", "a policy by TRL's RLOO or GRPO, on several of our rewards"),
     "train sft": ("equipoise.stages.sft", "TrainSFT", "train_sft", "a model learns responses"),
     "train ric": ("equipoise.stages.in_context", "TrainRiC", "train_ric", "a model that is told the scores it should get (RiC)"),
     "train autoregressive": (

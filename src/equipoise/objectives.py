@@ -167,7 +167,7 @@ def random_weights(seed: Sequence[int], objectives: int, concentration: float = 
 def linear(reward_NK: Real[np.ndarray, "N K"], weights_K: Sequence[float]) -> Float[np.ndarray, " N"]:
     """sum_k w_k r_k; an objective of weight 0 may be unscored."""
     weights = np.asarray(weights_K, dtype=np.float64)
-    used = weights > 0
+    used = weights != 0
     return np.asarray(reward_NK, dtype=np.float64)[:, used] @ weights[used]
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from conftest import prompt
 from equipoise.runs import read_json
 from equipoise.training import on_policy, online_dpo, ppo
-from equipoise.training.on_policy import Round, drawn_prompts, requests_of, scalarised, statistics, summary
+from equipoise.training.on_policy import drawn_prompts, requests_of, scalarised
+from equipoise.training.scored_round import Round, covariance_within, standard_error, statistics, summary
 from equipoise.types import Rollout, UserError
 from training.children import child_runner
 from training.on_policy_runs import FIT, HALF, NUMBERS, PLAIN, WEIGHTS, Table, far, make_rounds
@@ -98,12 +99,22 @@ def test_statistics_by_hand():
         number=4, requests=[], rollouts=said, weights_PK=np.ones((1, 2)), reward_PGK=10 * z_PGK, z_PGK=z_PGK, scalar_PG=np.array([[NAN, 4]])
     )
     found = statistics(scored, ("x", "y"))
+    assert np.isnan(list(found.pop("stderr").values())).all(), "of one prompt"
+    assert np.isnan(found.pop("covariance")).all(), "of one response that is scored on both"
     assert found == {
         **{"round": 4, "reward": {"x": 2.0, "y": 5.0}, "raw": {"x": 20.0, "y": 50.0}, "unscored": {"x": 0, "y": 1}, "scalar": 4.0},
         **{"kl_exact": pytest.approx(0.4), "kl_exact_p95": pytest.approx(0.58), "entropy_per_token": 1.75, "length": 2.0, "truncated": 0.5},
     }
     steps = [{"step": n, "loss": float(n), "grad_norm": g, "learning_rate": 1 / n} for n, g in ((1, 3.0), (2, 1.0))]
     assert summary(steps) == {"loss": 1.5, "grad_norm": 3.0, "learning_rate": 0.5}
+
+
+def test_covariances_and_standard_errors_by_hand():
+    """Prompts of (0, 0), (2, 4) and of (1, 5), (3, 5), (5, 2): covariances ((2, 4), (4, 8)) and ((4, -3), (-3, 3)); one response that
+    lacks y is left out of these, not of x's means 1, 3 and 7, whose sd is sqrt(28/3)."""
+    z_PGK = np.array([[[0.0, 0], [2, 4], [NAN, NAN]], [[1, 5], [3, 5], [5, 2]], [[7, NAN], [7, 1], [7, NAN]]])
+    np.testing.assert_allclose(covariance_within(z_PGK), [[3, 0.5], [0.5, 5.5]])
+    np.testing.assert_allclose(standard_error(z_PGK), [math.sqrt(28 / 9), np.std([2, 4, 1], ddof=1) / math.sqrt(3)])
 
 
 # --- where it leads
@@ -307,7 +318,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ({"reads": "tea leaves"}, "reads weights in its prompt or its parameters, not in 'tea leaves'"),
+        ({"reads": "tea leaves"}, "reads weights in its prompt or its parameters, or nothing, not in 'tea leaves'"),
         ({"scalarisation": "chebyshev"}, "scalarise by linear, or by chebyshev and an ideal"),
         ({"beta": 0.0}, "beta, max_kl and concentration must be positive"),
         ({"samples": 1}, "samples at least 2"),

@@ -47,7 +47,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, header: bool = True) -> list[i
     def render(messages: Sequence[Message]) -> str:
         if templated:
             return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=header))
-        return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:" * header
+        return plain_text(messages, header=header)
 
     if any(special in m["content"] for m in prompt.messages for special in special_strings(tokenizer)):
         return _guarded(tokenizer, prompt.messages, render, first=not templated)
@@ -74,6 +74,11 @@ def _guarded(tokenizer: Any, messages: Sequence[Message], render: Callable[[Sequ
     for number, part in enumerate(re.split("(\ue000\\d+\ue001)", text)):
         ids += plain_ids(tokenizer, found[part]) if part in found else tokenizer(part, add_special_tokens=first and not number)["input_ids"]
     return ids
+
+
+def plain_text(messages: Sequence[Message], *, header: bool = True) -> str:
+    """What `prompt_ids` tokenises where there is no template."""
+    return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:" * header
 
 
 def turn_end(tokenizer: Any, prompt: Prompt) -> int:

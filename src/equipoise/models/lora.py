@@ -69,26 +69,38 @@ def add_lora(model: Any, lora: Lora, task: str) -> Any:
 
     `task` is peft's, "SEQ_CLS" or "CAUSAL_LM". Raises `UserError` where the model has fewer blocks than `lora.blocks`.
     """
-    blocks = transformer_blocks(model)
-    if lora.blocks > len(blocks):
-        raise UserError(f"lora.blocks is {lora.blocks}, but the model has {len(blocks)} blocks")
-    trained = blocks[len(blocks) - lora.blocks :] if lora.blocks else blocks
+    trained = _trained_blocks(model, lora)
     if lora.rank == 0:
         if lora.blocks:
-            frozen = [model.get_input_embeddings(), *blocks[: len(blocks) - lora.blocks]]
+            blocks = transformer_blocks(model)
+            frozen = [model.get_input_embeddings(), *blocks[: len(blocks) - len(trained)]]
             for part in frozen:
                 part.requires_grad_(False)
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    names = _linear_names(model, trained, lora.targets)
-    settings = LoraConfig(task_type=task, r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
+    settings = lora_settings(model, lora, task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         made = get_peft_model(model, settings)
     # With a name peft would ask the Hub at every checkpoint whether the vocabulary is still the base model's.
     made.peft_config["default"].base_model_name_or_path = ""
     return made
+
+
+def lora_settings(model: Any, lora: Lora, task: str) -> Any:
+    """peft's settings of such adapters on a model. Raises `UserError` as `add_lora` does."""
+    from peft import LoraConfig
+
+    names = _linear_names(model, _trained_blocks(model, lora), lora.targets)
+    return LoraConfig(task_type=task, r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
+
+
+def _trained_blocks(model: Any, lora: Lora) -> Any:
+    blocks = transformer_blocks(model)
+    if lora.blocks > len(blocks):
+        raise UserError(f"lora.blocks is {lora.blocks}, but the model has {len(blocks)} blocks")
+    return blocks[len(blocks) - lora.blocks :] if lora.blocks else blocks
 
 
 def merge_lora(model: Any, watch: Callable[[torch.Tensor, torch.Tensor], object] | None = None) -> Any:

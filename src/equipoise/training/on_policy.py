@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from equipoise.models.completions import Completions
 from equipoise.models.generation import Sampling
 from equipoise.models.logprobs import can_share
 from equipoise.models.lora import Lora, WeightedLora
-from equipoise.objectives import Normaliser, chebyshev, linear, parse_weights, random_weights
+from equipoise.objectives import Normaliser, chebyshev, linear, named_weights, parse_weights, random_weights
 from equipoise.progress import bar, say
 from equipoise.rewards.scoring import score_shards
 from equipoise.rollouts import SHARD_BATCHES, collect, make_requests, request_seed
@@ -40,10 +40,8 @@ from equipoise.training.completion_rows import Row, collator
 from equipoise.training.fit import DivergedError, FitConfig, Stretch, entries_of, fit, last_sealed
 from equipoise.training.learner import Learner, Reads, make_learner
 from equipoise.training.policy import conclude, load_start
-from equipoise.types import LossOutput, Prompt, Request, Reward, Rollout, Sampler, UserError
-
-Record = dict[str, Any]
-"""Statistics of a round, as round.json and a line of log.jsonl have them."""
+from equipoise.training.scored_round import Record, Round, statistics, summary
+from equipoise.types import LossOutput, Prompt, Request, Reward, Sampler, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +50,9 @@ class Config:
 
     weights: str = ""
     """The one trade-off that is trained for, as helpful=0.7,harmless=0.3; "" draws weights for every prompt of every round."""
-    reads: Literal["prompt", "parameters"] = "parameters"
-    """Where a policy reads weights that are drawn: in its prompt, or in its parameters, adapters that they mix."""
+    reads: Reads = "parameters"
+    """Where a policy reads weights that are drawn: in its prompt, or in its parameters, adapters that they mix; nothing where `train map`
+    makes them."""
     concentration: float = 1.0
     """p of the Dirichlet law from which weights are drawn; 1 is uniform."""
     grid: int = 0
@@ -86,8 +85,8 @@ class Config:
     """How it is trained; the schedule is over all rounds, each of which ends with a checkpoint, whatever epochs and checkpoint_every."""
 
     def __post_init__(self) -> None:
-        if self.reads not in ("prompt", "parameters"):
-            raise UserError(f"a policy reads weights in its prompt or its parameters, not in {self.reads!r}")
+        if self.reads not in get_args(Reads):
+            raise UserError(f"a policy reads weights in its prompt or its parameters, or nothing, not in {self.reads!r}")
         if self.scalarisation not in ("linear", "chebyshev") or (self.scalarisation == "chebyshev") != bool(self.ideal):
             raise UserError(f"scalarise by linear, or by chebyshev and an ideal; got {self.scalarisation!r} and ideal {self.ideal}")
         if not min(self.beta, self.max_kl, self.concentration) > 0 or self.grid < 0:
@@ -117,22 +116,6 @@ class Config:
         return "nothing" if self.weights else self.reads
 
 
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """The scored responses of a round: P prompts, G each."""
-
-    number: int
-    requests: list[list[Request]]
-    rollouts: list[list[Rollout]]
-    weights_PK: np.ndarray
-    reward_PGK: np.ndarray
-    """In the scorers' own units, NaN where unscored."""
-    z_PGK: np.ndarray
-    """In standard deviations of the reference's."""
-    scalar_PG: np.ndarray
-    """Scalarised; NaN where an objective that has weight is unscored."""
-
-
 class Method(Protocol):
     """What a way of training adds to the rounds."""
 
@@ -145,15 +128,18 @@ class Method(Protocol):
         """The learner with what else is trained."""
         ...
 
-    def settings(self, records: Sequence[Record]) -> dict[str, float]:
-        """What holds in the round after these, for its record: beta."""
+    def settings(self, records: Sequence[Record]) -> Record | None:
+        """What holds in the round after these, for its record: beta, and weights by objective where the method makes them.
+
+        A function of the records alone, so that a killed run goes on as it would have; None where no more rounds are needed.
+        """
         ...
 
-    def rows(self, learner: Learner, rows: Sequence[Row], scored: Round, settings: dict[str, float], *, shared: bool) -> list[Row]:
+    def rows(self, learner: Learner, rows: Sequence[Row], scored: Round, settings: Record, *, shared: bool) -> list[Row]:
         """The round's rows with the numbers that the loss reads."""
         ...
 
-    def loss(self, settings: dict[str, float]) -> Callable[[Any, dict[str, Any]], LossOutput]:
+    def loss(self, settings: Record) -> Callable[[Any, dict[str, Any]], LossOutput]:
         """The loss of a round's batches."""
         ...
 
@@ -170,11 +156,15 @@ def drawn_prompts(prompts: Sequence[Prompt], count: int, number: int, seed: int)
     return [prompts[i] for i in order[at * count : (at + 1) * count]]
 
 
-def requests_of(prompts: Sequence[Prompt], objectives: Sequence[str], config: Config, number: int) -> list[list[Request]]:
-    """The requests of a round by prompt, with the weights of each; a function of the seed and the round's number."""
+def requests_of(
+    prompts: Sequence[Prompt], objectives: Sequence[str], config: Config, number: int, made: Mapping[str, float] | None = None
+) -> list[list[Request]]:
+    """The requests of a round by prompt, with the weights of each, those that a method made if it did: a function of these alone."""
     found = []
     for at, prompt in enumerate(drawn_prompts(prompts, config.prompts, number, config.seed)):
-        if config.weights:
+        if made:
+            weights = named_weights(made, objectives)
+        elif config.weights:
             weights = parse_weights(config.weights, objectives)
         else:
             weights = random_weights([config.seed, 1, number, at], len(objectives), config.concentration, config.grid)
@@ -189,34 +179,14 @@ def scalarised(z_PGK: np.ndarray, weights_PK: np.ndarray, config: Config) -> np.
     return np.stack([chebyshev(z_GK, w_K, config.ideal) for z_GK, w_K in zip(z_PGK, weights_PK.tolist(), strict=True)])
 
 
-def statistics(scored: Round, objectives: Sequence[str]) -> Record:
-    """What a round's responses say of the policy they are from."""
-    rollouts = [rollout for group in scored.rollouts for rollout in group]
-    kl_N, length_N = np.array([r.kl for r in rollouts]), np.array([len(r.tokens) for r in rollouts])
-    unscored_K = np.isnan(scored.reward_PGK).sum(axis=(0, 1))
-    return {
-        "round": scored.number,
-        "reward": {name: float(np.nanmean(scored.z_PGK[..., k])) for k, name in enumerate(objectives)},
-        "raw": {name: float(np.nanmean(scored.reward_PGK[..., k])) for k, name in enumerate(objectives)},
-        "unscored": {name: int(unscored_K[k]) for k, name in enumerate(objectives)},
-        "scalar": float(np.nanmean(scored.scalar_PG)),
-        "kl_exact": float(kl_N.mean()),
-        "kl_exact_p95": float(np.quantile(kl_N, 0.95)),
-        "entropy_per_token": float(-sum(sum(r.logprobs) for r in rollouts) / length_N.sum()),
-        "length": float(length_N.mean()),
-        "truncated": float(np.mean([r.finish_reason == "length" for r in rollouts])),
-    }
+def trained_at(objectives: Sequence[str], config: Config, made: Mapping[str, float] | None = None) -> Record:
+    """What a card says of the trade-off, by which the policy is served.
 
-
-def summary(history: Sequence[Mapping[str, float]]) -> Record:
-    """What a round's steps logged: the largest norm of a gradient, the last learning rate, means of the rest."""
-    names = [name for name in history[0] if name != "step"]
-    found = {name: float(np.mean([entry[name] for entry in history])) for name in names}
-    return found | {"grad_norm": max(entry["grad_norm"] for entry in history), "learning_rate": history[-1]["learning_rate"]}
-
-
-def trained_at(objectives: Sequence[str], config: Config) -> Record:
-    """What a card says of the trade-off, by which the policy is served."""
+    Weights v that a method made are at beta what v / sum v is at beta / sum v; with a negative one there are none on the simplex.
+    """
+    if made and min(made.values()) >= 0 and sum(made.values()) > 0:
+        total = sum(made.values())
+        return {"objectives": tuple(objectives), "weights": tuple(made[name] / total for name in objectives), "beta": config.beta / total}
     said = {"weights": parse_weights(config.weights, objectives)} if config.weights else {"reads": config.reading}
     return {"objectives": tuple(objectives), **said}
 
@@ -261,7 +231,10 @@ class Rounds:
         records: list[Record] = []
         begun, first = time.monotonic(), step // self.config.steps
         for number in range(self.config.rounds):
-            records.append(self._round(number, records, identity, done=number < first))
+            settings = self.method.settings(records)
+            if settings is None:
+                break
+            records.append(self._round(number, settings, identity, done=number < first))
             write_text(self.out / "log.jsonl", "".join(json.dumps(plain(record)) + "\n" for record in records))
             if number >= first:
                 say(self._line(records[-1], (time.monotonic() - begun) / (number + 1 - first)))
@@ -275,13 +248,12 @@ class Rounds:
     def _fit(self) -> FitConfig:
         return replace(self.config.fit, max_steps=self.config.steps)
 
-    def _round(self, number: int, records: Sequence[Record], identity: str, *, done: bool) -> Record:
+    def _round(self, number: int, settings: Record, identity: str, *, done: bool) -> Record:
         """Statistics of a round, which is sampled, scored and trained on unless that is done."""
         folder = self.out / "rounds" / f"{number:04d}"
         if done and (folder / "round.json").exists():
             return dict(read_json(folder / "round.json"))
-        settings = self.method.settings(records)
-        scored = self._scored(number, folder)
+        scored = self._scored(number, folder, settings.get("weights"))
         record = statistics(scored, self.learner.objectives) | settings
         begin = number * self.config.steps
         if done:  # the run was killed before it wrote this down
@@ -291,12 +263,12 @@ class Rounds:
             history = self._trained(scored, record, settings, begin, identity)
         record |= {"step": begin + self.config.steps} | summary(history)
         write_json(folder / "round.json", record)
-        return record
+        return dict(plain(record))  # as it will be read: NaN is null
 
-    def _scored(self, number: int, folder: Path) -> Round:
+    def _scored(self, number: int, folder: Path, made: Mapping[str, float] | None) -> Round:
         """The round's responses with their rewards; shards that are there are read."""
         self.learner.trained.eval()
-        requests = requests_of(self.prompts, self.learner.objectives, self.config, number)
+        requests = requests_of(self.prompts, self.learner.objectives, self.config, number, made)
         flat = [request for group in requests for request in group]
         try:
             with bar(f"round {number + 1}/{self.config.rounds}: responses and scores", 2 * len(flat)) as advance:
@@ -320,7 +292,7 @@ class Rounds:
             scalar_PG=scalarised(z_PGK, weights_PK, self.config),
         )
 
-    def _trained(self, scored: Round, record: Record, settings: dict[str, float], begin: int, identity: str) -> list[dict[str, float]]:
+    def _trained(self, scored: Round, record: Record, settings: Record, begin: int, identity: str) -> list[dict[str, float]]:
         """Take the round's steps. Raises `UserError` where it has diverged, or does."""
         last = self._checkpoints / f"checkpoint-{begin}" if begin else None
         kl = record["kl_exact"]
@@ -370,8 +342,8 @@ def train(
     method: Method,
     run: Manifest,
     sampler_of: Callable[[Learner], Sampler],
-) -> Path:
-    """Train a policy from `source` on, which is the reference too, and return the folder of what was trained.
+) -> list[Record]:
+    """Train a policy from `source` on, which is the reference too, save it, and return every round's statistics.
 
     `sampler_of` gives what draws the policy's responses, with their exact KL. Raises `UserError` as `Rounds.run` does, and for
     weights, an ideal or statistics of other objectives than the rewards'.
@@ -381,6 +353,10 @@ def train(
         raise UserError("rounds run in one process: start them without accelerate launch")
     if config.weights:
         parse_weights(config.weights, objectives)
+    if (config.reads == "nothing" and not config.weights) != ("weights" in (method.settings([]) or {})):
+        raise UserError(
+            f"{method.title} with weights {config.weights!r} and reads {config.reads!r}: `train map` alone makes its own weights"
+        )
     if config.ideal and len(config.ideal) != len(objectives):
         raise UserError(f"the ideal {config.ideal} is of {len(config.ideal)} objectives, and the rewards are {', '.join(objectives)}")
     if scale.objectives != objectives:
@@ -390,8 +366,10 @@ def train(
     about = {"base": start.base.name, "weights_key": start.weights}
     records = Rounds(learner, prompts, rewards, scale, sampler_of(learner), method, config, run.folder).run()
     folders = learner.save(run.folder)
-    card: dict[str, Any] = {"method": method.title, "model": source, "beta": config.beta, **trained_at(objectives, config), **about}
+    asked = trained_at(objectives, config, records[-1].get("weights"))
+    card: dict[str, Any] = {"method": method.title, "model": source, "beta": config.beta, **asked, **about}
     card |= {"trained_parameters": sum(p.numel() for p in learner.trained.parameters() if p.requires_grad)}
-    card |= {"responses": config.rounds * config.prompts * config.samples, "last_round": records[-1]}
+    card |= {"responses": len(records) * config.prompts * config.samples, "last_round": records[-1]}
     run.outputs += [run.folder / "log.jsonl", *sorted((run.folder / "rounds").rglob("*.*"))]
-    return conclude(run, folders, {"card": card})
+    conclude(run, folders, {"card": card})
+    return records
