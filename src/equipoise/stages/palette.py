@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from equipoise.progress import bar
 from equipoise.runs import file_digest, manifest_of, plain, read_json, stage, write_json, write_text
 from equipoise.stages import common
-from equipoise.stages.steering import sampler_of, steering_of
+from equipoise.stages.steering import model_for, sampler_of, steering_of
 from equipoise.types import UserError
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def _cost(path: Path, found: Quote) -> dict[str, float | int | None]:
 
         rollouts = read_rollouts(path / "rollouts")
         tokens = sum(r.base_forwards + r.guide_forwards for r in rollouts) / len(rollouts)
-        cost |= {"backbone_tokens": n * tokens, "backbone_tokens_of_one": tokens}
+        if tokens:  # a server may not count them
+            cost |= {"backbone_tokens": n * tokens, "backbone_tokens_of_one": tokens}
     return cost
 
 
@@ -194,9 +195,8 @@ def apply(config: Apply) -> str:
     with stage(config.out, "palette apply", common.settings_of(config), parents) as run:
         if run.done:
             return applied_table(read_json(run.folder / "applied.json"))
-        lm = common.model_of(serve["sample"]["model"], serve["sample"]["trust_remote_code"])
         steering = steering_of(serve["sample"])
-        sampler = sampler_of(lm, serve["sample"], steering)
+        sampler = sampler_of(model_for(serve["sample"]), serve["sample"], steering)
         requests = make_requests(prompts, config.responses, config.seed, steering.weights if steering else None)
         candidates = candidate_requests(requests, most)
         with bar(f"sampling {most} candidates for {len(requests)} responses", len(candidates)) as advance:
