@@ -54,6 +54,10 @@ def parts(tiny_folder, tmp_path_factory):
         save_weighted(weighted, root / name)
     shutil.copytree(root / "x", root / "says")
     (root / "says" / "card.json").write_text(json.dumps({"objectives": ["a", "b"], "reads": "prompt"}))
+    shutil.copytree(root / "says", root / "orphan")
+    (root / "orphan" / "base.json").unlink()
+    shutil.copytree(tiny_folder, root / "whole")
+    shutil.copy(root / "says" / "card.json", root / "whole")
     shutil.copytree(root / "y", root / "ric" / "adapter")
     scale = Scale(normaliser=Normaliser(objectives=("a", "b"), mean_K=(0.0, 1.0), sd_K=(1.0, 2.0)), scorers={"a": "s1", "b": "s2"})
     rows = np.random.default_rng(0).normal(size=(40, 2))
@@ -86,7 +90,7 @@ def refused(argv, capsys) -> str:
 
 
 def test_a_soup_is_a_lora_per_weight_vector_and_peft_computes_what_we_serve(parts, tiny_folder, tmp_path):
-    asked = {"w0.7_0.3_0": (5, 8), "w0.25_0.25_0.5": (9, 16), "w0_0_1": (4, 8), "w1.5_0_-0.5": (6, 8)}
+    asked = {"w0.7_0.3_0": (5, 8), "w0.25_0.25_0.5": (9, 16), "w1.5_0_-0.5": (6, 8), "w0_0_1": (4, 8)}
     texts = json.dumps([name[1:].replace("_", ",") for name in asked])
     assert main(words(parts, tmp_path / "out", "vllm", *SOUP, "--weights", texts)) == 0
     record = read_json(tmp_path / "out" / "export.json")
@@ -204,10 +208,21 @@ def test_a_prompt_is_what_training_writes(parts, tiny_folder, tmp_path, engine):
         assert "how do i help ?" + one["suffix"] == want.text
     assert record["served"]["w0.3_0.7"]["suffix"] == "\n\n<a> 0.30 <b> 0.70"
     assert {"<a>", "<b>", "</s>"} <= set(record["guarded"])
-    assert record["adapter"] == {"folder": "policy", "rank": 2, "padded": 2 if engine == "llama.cpp" else 8}
+    assert record["adapter"] == {"folder": "policy", "rank": 2, "padded": 2 if engine == "llama.cpp" else 8, "error": 0}
     got, want = updates(tmp_path / "out" / "policy", 1.0), updates(parts / "x", 6 / 2)
     for layer in want:
         np.testing.assert_allclose(got[layer], want[layer], atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_whole_model_that_reads_its_prompt_is_served_as_it_is(parts, tmp_path, engine):
+    assert main(words(parts, tmp_path / "out", engine, "--policy", "{p}/whole", "--steps", "1")) == 0
+    record, page = read_json(tmp_path / "out" / "export.json"), (tmp_path / "out" / "README.md").read_text()
+    assert record["model"] == str(parts / "whole")
+    assert [one["suffix"] for one in record["served"].values()] == ["\n\n<a> 1.00 <b> 0.00", "\n\n<a> 0.00 <b> 1.00"]
+    assert "lora" not in page.replace("lorax", "")
+    assert "adapter" not in record
+    assert ("convert_hf_to_gguf.py" in page) is (engine == "llama.cpp")
 
 
 def test_a_policy_that_is_asked_for_scores(parts, tmp_path):
@@ -290,10 +305,10 @@ def test_an_adapter_of_too_high_a_rank_is_refused_and_cut_on_request(parts, tiny
         (["--policy", "{p}/reads", "--weights", '["a=0.9,b=0.3"]'], "sum to 1.2, not 1"),
         (["--policy", "{p}/says", "--weights", '["1.5,-0.5"]'], "weights are at least 0"),
         (["--policy", "{p}/x"], "{p}/x reads no weights"),
-        (["--policy", "{p}/absent"], "{p}/absent reads no weights"),
+        (["--policy", "{p}/absent"], "no policy folder at {p}/absent"),
+        (["--policy", "{p}/orphan"], "the adapters don't say which model they are for: give --model"),
         ([*SOUP, "--targets.rule", "linear"], "targets are read beside in_context alone"),
         ([*SOUP, "--rank", "-1"], "rank must be at least 0, got -1"),
-        (["--in_context", "{p}/ric", "--rank", "4"], "rank=4 cuts the sum of adapters"),
         (["--in_context", "{p}/x"], "{p}/x has no in_context.json"),
         (["--soup", "[x={p}/reads]"], "holds adapters that read weights"),
         ([*SOUP, "--model", "{p}/nowhere"], "no model folder at {p}/nowhere"),

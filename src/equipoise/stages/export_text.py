@@ -82,7 +82,7 @@ def _request(record: Mapping[str, Any], label: str) -> dict[str, Any]:
     name = label if label in loras else next(iter(loras))
     if engine == "sglang":
         return {"model": f"{model}:{name}"}
-    return {"model": f"/data/{loras[name]}", "adapter_source": "local"} if engine == "lorax" else {"model": name}
+    return {"model": f"/data/{loras[name]}" if engine == "lorax" else name}
 
 
 def _vllm(record: Mapping[str, Any], loras: Mapping[str, str]) -> tuple[list[str], str]:
@@ -111,17 +111,17 @@ def _lorax(record: Mapping[str, Any], loras: Mapping[str, str]) -> tuple[list[st
     model = record["model"]
     if Path(model).is_absolute():
         words, model = [*words, "-v", f"{model}:/model"], "/model"
-    return [], shlex.join([*words, image, "--model-id", model, *(["--adapter-source", "local"] if loras else [])])
+    return [], shlex.join([*words, image, "--model-id", model, *(["--default-adapter-source", "local"] if loras else [])])
 
 
 def _llama_cpp(record: Mapping[str, Any], loras: Mapping[str, str]) -> tuple[list[str], str]:
-    model, prepare = record["model"], []
-    if not model.endswith(".gguf"):
-        prepare.append(shlex.join(["python", "convert_hf_to_gguf.py", model, "--outfile", "model.gguf", "--outtype", "f16"]))
+    prepare, gguf = [], record.get("gguf", "model.gguf")
+    if "gguf" not in record:
+        prepare.append(shlex.join(["python", "convert_hf_to_gguf.py", record["model"], "--outfile", gguf, "--outtype", "f16"]))
     for folder in loras.values():
-        base = [] if model.endswith(".gguf") else ["--base", model]
-        prepare.append(shlex.join(["python", "convert_lora_to_gguf.py", *base, "--outfile", f"{folder}.gguf", "--outtype", "f32", folder]))
-    words = ["llama-server", "-m", model if model.endswith(".gguf") else "model.gguf", "--port", str(_PORTS["llama.cpp"])]
+        words = ["python", "convert_lora_to_gguf.py", "--base", record["model"], "--outfile", f"{folder}.gguf", "--outtype", "f32", folder]
+        prepare.append(shlex.join(words))
+    words = ["llama-server", "-m", gguf, "--port", str(_PORTS["llama.cpp"])]
     words += [word for folder in loras.values() for word in ("--lora", f"{folder}.gguf")]
     return prepare, shlex.join([*words, *(["--lora-init-without-apply"] if "parts" in record else [])])
 

@@ -12,7 +12,7 @@ them) and README.md with commands, which nobody ran.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from equipoise.models.loading import Base
 
 RECORD = "export.json"
-_NOT_WRITTEN_HERE = ("started.json", "manifest.json")
 _EMPTY = Prompt(id="export", messages=(Message(role="user", content=""),))
 Point = tuple[float, ...]
 """Weights of the objectives, in order."""
@@ -63,7 +62,7 @@ class Export:
     weights: tuple[str, ...] = ()
     """These weights instead, as ["0.7,0.3","helpful=1,harmless=0"]; those of a soup need not sum to 1."""
     rank: int = 0
-    """Cut adapters to this rank, where they have more; 0 keeps them whole."""
+    """Cut what is written to this rank, where it has more; 0 keeps it whole."""
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.soup, self.policy, self.in_context))) != 1:
@@ -71,8 +70,6 @@ class Export:
         if self.targets != Targets() and not self.in_context:
             raise UserError("targets are read beside in_context alone: leave them away")
         SoupConfig(rank=self.rank)
-        if self.rank and (self.engine == "llama.cpp" or self.in_context):
-            raise UserError(f"rank={self.rank} cuts the sum of adapters, and none is written here: leave it away")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +119,9 @@ def export(config: Export) -> Path:
             record = plain({"engine": config.engine, "objectives": policy.objectives, **made})
             write_json(run.folder / RECORD, record)
             write_text(run.folder / "README.md", readme(record, run.folder))
-            folders = [run.folder, *(run.folder / name for name in lora_folders(record).values())]
-            run.outputs += [p for f in folders for p in sorted(f.iterdir()) if p.is_file() and p.name not in _NOT_WRITTEN_HERE]
+            folders = [run.folder / name for name in lora_folders(record).values()]
+            run.outputs += [run.folder / RECORD, run.folder / "README.md"]
+            run.outputs += [path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
             run.facts |= {"served": len(points)}
             if config.engine == "llama.cpp" and lora_folders(record):
                 say(
@@ -134,72 +132,65 @@ def export(config: Export) -> Path:
 
 def _adapters(config: Export, policy: Adapters, points: Mapping[str, Point]) -> dict[str, Any]:
     """Write the LoRAs; returns what the record says."""
-    from equipoise.models.adapters import write_adapter
-
     base = _base(config.model, policy.base)
-    how: dict[str, Any] = {"base": base, "task": policy.task, "transposed": policy.transposed}
-    told: dict[str, dict[str, Any]] = {
-        label: {"weights": _by_name(policy, w), "extrapolated": extrapolated(w)} for label, w in points.items()
-    }
+    how = {"base": base, "task": policy.task, "transposed": policy.transposed}
+    served: dict[str, dict[str, Any]] = {}
+    for label, weights in points.items():
+        served[label] = {"weights": _by_name(policy, weights), "extrapolated": extrapolated(weights)}
+    said = {**_model(config.engine, base.name), "base": base, "served": served}
     if config.engine == "llama.cpp":
-        parts: dict[str, dict[str, Any]] = {name: {"id": number, "folder": f"part{number}"} for number, name in enumerate(policy.parts)}
-        for name, layers in policy.parts.items():
-            parts[name]["rank"] = write_adapter(config.out / str(parts[name]["folder"]), layers, **how)
-        for one in told.values():
+        parts: dict[str, dict[str, Any]] = {}
+        for number, (name, layers) in enumerate(policy.parts.items()):
+            parts[name] = {"id": number, **_write(config, f"part{number}", [layers], (1.0,), how)}
+        for one in served.values():
             one["lora"] = [{"id": part["id"], "scale": one["weights"].get(name, 1.0)} for name, part in parts.items()]
-        return {"model": _loaded(config.engine, base.name), "base": base, "parts": parts, "served": told}
+        return {**said, "parts": parts}
     with bar(f"{len(points)} adapters of {', '.join(policy.objectives)}", len(points)) as advance:
         for label, weights in points.items():
-            layers, found = solve_tensors(*policy.at(weights), SoupConfig(rank=config.rank))
-            rank = _rank(layers)
-            most = write_adapter(config.out / label, layers, least=_room(rank), **how)
-            told[label] |= {"folder": label, "rank": rank, "padded": most, "error": found.error}
+            served[label] |= _write(config, label, *policy.at(weights), how)
             advance(1)
-    most = max(one["padded"] for one in told.values())
-    model = _loaded(config.engine, base.name)
-    return {"model": model, "base": base, "max_lora_rank": most, "modules": _modules(layers), "served": told}
+    most = max(one["padded"] for one in served.values())
+    return {**said, "max_lora_rank": most, "modules": _modules(policy.parts.values())}
 
 
 def _prompts(config: Export, policy: Prompted, points: Mapping[str, Point]) -> dict[str, Any]:
     """Write the policy, where it is an adapter; returns what the record says."""
-    from equipoise.models.adapters import read_adapter, write_adapter
+    from equipoise.models.adapters import read_adapter
     from equipoise.models.loading import ADAPTER_CONFIG
 
-    served = {}
+    said: dict[str, Any] = {"guarded": policy.guarded, "served": {}}
     for label, weights in points.items():
         prompt, more = policy.asked(weights)
-        served[label] = {"weights": _by_name(policy, weights), **more, "suffix": prompt.text}
-    record: dict[str, Any] = {"guarded": policy.guarded, "served": served}
+        said["served"][label] = {"weights": _by_name(policy, weights), **more, "suffix": prompt.text}
     if not (policy.folder / ADAPTER_CONFIG).is_file():
-        return {"model": _loaded(config.engine, str(policy.folder)), **record}
+        return {**_model(config.engine, str(policy.folder)), **said}
     found = read_adapter(policy.folder)
-    base, rank = _base(config.model, found.base), _rank(found.layers)
-    least = 0 if config.engine == "llama.cpp" else _room(rank)
-    most = write_adapter(config.out / "policy", found.layers, base=base, task=found.task, transposed=found.transposed, least=least)
-    record |= {"max_lora_rank": most, "modules": _modules(found.layers), "adapter": {"folder": "policy", "rank": rank, "padded": most}}
-    return {"model": _loaded(config.engine, base.name), "base": base, **record}
+    base = _base(config.model, found.base)
+    how = {"base": base, "task": found.task, "transposed": found.transposed}
+    adapter = _write(config, "policy", [found.layers], (1.0,), how)
+    said |= {"max_lora_rank": adapter["padded"], "modules": _modules([found.layers]), "adapter": adapter}
+    return {**_model(config.engine, base.name), "base": base, **said}
+
+
+def _write(config: Export, folder: str, parts: Sequence[Layers], weights: Sequence[float], how: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the weighted sum of LoRAs as one; returns what the record says of it. Raises `UserError` for a rank that no engine takes."""
+    from equipoise.models.adapters import SERVED_RANKS, served_rank, write_adapter
+
+    layers, found = solve_tensors(parts, weights, SoupConfig(rank=config.rank))
+    rank = max(down.shape[0] for down, _ in layers.values())
+    least = 0 if config.engine == "llama.cpp" else served_rank(rank)
+    if least is None:
+        most = SERVED_RANKS[-1]
+        raise UserError(f"the adapter has rank {rank}, and engines take {most} at most: cut it with --rank {most}")
+    return {"folder": folder, "rank": rank, "padded": write_adapter(config.out / folder, layers, least=least, **how), "error": found.error}
 
 
 def _by_name(policy: Adapters | Prompted, weights: Point) -> dict[str, float]:
     return dict(zip(policy.objectives, weights, strict=True))
 
 
-def _rank(layers: Layers) -> int:
-    return max(down.shape[0] for down, _ in layers.values())
-
-
-def _modules(layers: Layers) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in layers})
-
-
-def _room(rank: int) -> int:
-    """The rank that an adapter is padded to. Raises `UserError` where it is more than engines take."""
-    from equipoise.models.adapters import SERVED_RANKS, served_rank
-
-    found = served_rank(rank)
-    if found is None:
-        raise UserError(f"the adapter has rank {rank}, and engines take {SERVED_RANKS[-1]} at most: cut it with --rank {SERVED_RANKS[-1]}")
-    return found
+def _modules(parts: Iterable[Layers]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for layers in parts for name in layers})
 
 
 def _base(model: str, said: Base) -> Base:
@@ -215,13 +206,16 @@ def _base(model: str, said: Base) -> Base:
     return given
 
 
-def _loaded(engine: str, name: str) -> str:
-    """What the engine is told to load: a folder or Hub id, or the GGUF file where llama.cpp has one."""
+def _model(engine: str, name: str) -> dict[str, str]:
+    """What the engine is told to load: a folder or Hub id, and the GGUF file where llama.cpp has one."""
     from equipoise.models.loading import packaged_smollm2, resolve
 
-    if engine == "llama.cpp" and (name.endswith(".gguf") or (name == "smollm2" and packaged_smollm2())):
-        return str(packaged_smollm2() if name == "smollm2" else Path(name).expanduser())
-    return resolve(name)[0]
+    found = resolve(name)[0]
+    said = {"model": str(Path(found).absolute()) if Path(found).is_dir() else found}
+    gguf = packaged_smollm2() if name == "smollm2" else Path(name).expanduser()
+    if engine == "llama.cpp" and gguf and gguf.suffix == ".gguf":
+        said["gguf"] = str(gguf.absolute())
+    return said
 
 
 def _soup(config: Export) -> Adapters:
@@ -247,6 +241,8 @@ def _policy(config: Export) -> Adapters | Prompted:
     from equipoise.models.loading import ADAPTER_CONFIG, WEIGHTED, base_of, load_tokenizer
 
     folder = Path(config.policy).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"no policy folder at {config.policy}: name what `train` wrote")
     adapter = (folder / ADAPTER_CONFIG).is_file()
     if adapter and read_json(folder / ADAPTER_CONFIG).get("peft_type") == WEIGHTED:
         return _weighted(folder)
@@ -255,7 +251,7 @@ def _policy(config: Export) -> Adapters | Prompted:
         raise UserError(
             f"{config.policy} reads no weights, neither in adapters nor in its prompt: engines serve it as it is, or soups of such"
         )
-    tokenizer = load_tokenizer((config.model or base_of(folder).name) if adapter else str(folder))
+    tokenizer = load_tokenizer(_base(config.model, base_of(folder)).name if adapter else str(folder))
     asked = weights_in_prompt(tokenizer, objectives)
 
     def prompt(weights: Point) -> tuple[Prompt, Mapping[str, Any]]:

@@ -40,24 +40,31 @@ class Upstream:
         for name in ("top_k", "allow_eos_first"):
             if getattr(sampling, name) != getattr(plain, name):
                 raise UserError(f"sampling.{name} isn't told to a server, whose own law counts: leave it at {getattr(plain, name)}")
+        self.engine(sampling)
+
+    def engine(self, sampling: Sampling) -> HTTPEngine:
+        """The client of the server. Raises `UserError` where the source is none, its key is missing or a number is out of range."""
+        if self.source.startswith("local:"):
+            raise UserError(f"{self.source} is no server: name it as the model instead, which is then drawn from here")
+        calls = Calls(
+            max_tokens=sampling.max_new_tokens,
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            concurrency=sampling.batch_size,
+            timeout=self.timeout,
+            retries=self.retries,
+        )
+        engine = load_engine(self.source, calls)
+        assert isinstance(engine, HTTPEngine), "other sources are local"
+        return engine
 
 
 def upstream_sampler(upstream: Upstream, sampling: Sampling, choice: Choice | None, lm: LanguageModel | None) -> Sampler:
     """The server as a sampler, or what chooses among its responses; `lm` is behind rewards that read states.
 
-    Raises `UserError` where the source is no server, or greedy candidates are asked for.
+    Raises `UserError` as `Upstream.engine` does, and for greedy candidates.
     """
     from equipoise.models.loading import cache_folder
     from equipoise.rewards.cache import Store
 
-    temperature = 0.0 if sampling.greedy else sampling.temperature
-    calls = Calls(
-        **{"max_tokens": sampling.max_new_tokens, "temperature": temperature, "concurrency": sampling.batch_size},
-        **{"timeout": upstream.timeout, "retries": upstream.retries},
-    )
-    if upstream.source.startswith("local:"):
-        raise UserError(f"{upstream.source} is no server: name it as the model instead, which is then drawn from here")
-    engine = load_engine(upstream.source, calls)
-    assert isinstance(engine, HTTPEngine)
-    inner = UpstreamSampler(engine=engine, store=Store(cache_folder()), whole_sentences=sampling.whole_sentences)
+    inner = UpstreamSampler(engine=upstream.engine(sampling), store=Store(cache_folder()), whole_sentences=sampling.whole_sentences)
     return one_of_n(inner, choosing_rewards(lm, choice), choice, sampling.greedy) if choice else inner
