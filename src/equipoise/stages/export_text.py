@@ -51,11 +51,11 @@ def _what(record: Mapping[str, Any]) -> str:
             "the strings `guarded` in a user's own text, in any case, would be read as part of it: `equipoise.models.conditions.encode` "
             "escapes them as in training; elsewhere refuse such texts."
         )
+    cut = max(one["error"] for one in (record.get("parts") or record["served"]).values())
+    exact = f"cut by {cut:.1%} of its norm at most" if cut else "exact"
     if "parts" in record:
-        return "Each folder is a term of the update, and the scales that a request names make their sum: any weights, exactly."
-    cut = max(one["error"] for one in record["served"].values())
-    exact = f"cut, by {cut:.1%} of the update's norm at most" if cut else "exactly"
-    return f"Each folder is one LoRA: the policy at its weights, {exact}; rows of zeros bring its rank to one that vLLM takes."
+        return f"Each folder is a term of the update, {exact}, and the scales that a request names make their sum, at any weights."
+    return f"Each folder is one LoRA, the policy at its weights, {exact}; rows of zeros bring its rank to one that vLLM takes."
 
 
 def _notes(record: Mapping[str, Any]) -> list[str]:
