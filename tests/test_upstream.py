@@ -240,6 +240,7 @@ def test_sample_score_palette_and_apply_over_a_server(words_server, tmp_path):
     assert len(held_out) == len(words_server.requests) - before
     assert not {r.prompt_id for r in held_out} & {r.prompt_id for r in bank}
     assert len(held_out) == 4 * 3 * len({r.prompt_id for r in held_out})
+    assert not (tmp_path / "cache" / "models").exists(), "no model was loaded"
 
 
 def test_a_killed_run_asks_for_what_is_missing_alone(words_server, tmp_path):

@@ -178,7 +178,7 @@ def apply(config: Apply) -> str:
     from equipoise.decoding.choosing import candidate_requests
     from equipoise.evaluation.palette_text import applied_table
     from equipoise.evaluation.palettes import applied, applied_figures
-    from equipoise.rewards import load_rewards
+    from equipoise.rewards import load_rewards, needs_model
     from equipoise.rewards.scoring import score_shards
     from equipoise.rollouts import SHARD_BATCHES, collect, make_requests
 
@@ -202,7 +202,8 @@ def apply(config: Apply) -> str:
         with bar(f"sampling {most} candidates for {len(requests)} responses", len(candidates)) as advance:
             size = SHARD_BATCHES * serve["sample"]["sampling"]["batch_size"]
             rollouts = collect(sampler, candidates, run.folder / "rollouts", size, advance)
-        rewards = load_rewards(serve["score"]["rewards"], common.model_of(serve["score"]["model"]))
+        scorers = serve["score"]["rewards"]
+        rewards = load_rewards(scorers, common.model_of(serve["score"]["model"]) if needs_model(scorers) else None)
         with bar(f"scoring {', '.join(serve['score']['rewards'])}", len(rollouts)) as advance:
             scored = score_shards(rewards, {p.id: p for p in prompts}, rollouts, run.folder / "rewards", serve["score"]["shard"], advance)
         reward_QNK = scored.reward_NK.reshape(len(requests), most, -1)
