@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = str | tuple[int, dict[str, str], str | bytes]
-"""The text of a good completion, or (status, headers, body)."""
+Answer = str | tuple[int, dict[str, str], str | bytes] | None
+"""The text of a good completion, (status, headers, body), or None for a connection that is dropped."""
 
 
 @dataclass
@@ -33,9 +33,9 @@ class Server:
         return [r["body"]["messages"][-1]["content"] for r in self.requests]
 
 
-def completion(text: Any) -> str:
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    return json.dumps({"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+def completion(text: Any, finish: str = "stop", **more: Any) -> str:
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
+    return json.dumps({"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], **more})
 
 
 @contextlib.contextmanager
@@ -57,6 +57,9 @@ def serving(answer: Callable[[str, int], Answer]) -> Iterator[Server]:
             finally:
                 with state.lock:
                     state.busy -= 1
+            if found is None:
+                self.close_connection = True
+                return
             status, headers, content = (200, {}, completion(found)) if isinstance(found, str) else found
             payload = content.encode() if isinstance(content, str) else content
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that lost its patience

@@ -68,6 +68,7 @@ COMMANDS = {
     "sipo select": ("equipoise.stages.sipo_select", "SipoSelect", "sipo_select", "combine, filter, and make pairs without conflict"),
     "soup": ("equipoise.stages.soups", "Soup", "soup", "adapters or models to one per weight vector, for any engine"),
     "merge": ("equipoise.stages.soups", "Merge", "merge", "an adapter into a plain model folder"),
+    "export": ("equipoise.stages.exporting", "Export", "export", "what vLLM, SGLang, LoRAX or llama.cpp can serve of a policy"),
     "train value_model": ("equipoise.stages.trees", "TrainValueModel", "train_value_model", "a value model of its own, on labelled trees"),
     "grow": ("equipoise.stages.trees", "Grow", "grow", "rollout trees of the reference or of a steered policy (MAVIS)"),
     "label nodes": ("equipoise.stages.trees", "Label", "label", "score the leaves of trees and value every node"),

@@ -146,11 +146,12 @@ class Rollout:
     id: str
     prompt_id: str
     tokens: tuple[int, ...]
-    """Response tokens that were drawn, the end-of-turn token included; those that the request gave are not among them."""
+    """Response tokens that were drawn, the end-of-turn token included; those that the request gave are not among them.
+    None where a server drew the response (`decoding/upstream.py`), which says neither tokens nor their log-probabilities."""
     text: str
     """What is scored and shown, given tokens included; of a response that ran into the length cap, up to its last whole sentence."""
     text_tokens: int
-    """How many tokens, given ones included, make up `text`."""
+    """How many tokens, given ones included, make up `text`; of a server's response, how many it says that it drew, 0 if it doesn't."""
     logprobs: tuple[float, ...]
     """log pi(token) under the distribution that was sampled from, nats."""
     ref_logprobs: tuple[float, ...]
@@ -163,7 +164,8 @@ class Rollout:
     weights: tuple[float, ...] | None
     seed: int
     base_forwards: int
-    """Tokens through the policy's backbone for this response; the prompt counts in each, though samples may share its run."""
+    """Tokens through the policy's backbone for this response; the prompt counts in each, though samples may share its run.
+    0 where a server drew it and doesn't count them."""
     guide_forwards: int = 0
     """Tokens that went through a backbone only to score candidates."""
     reward_calls: int = 0
@@ -171,6 +173,11 @@ class Rollout:
     parent_id: str | None = None
     kl_steps: tuple[float, ...] = field(default=(), compare=False, metadata={"stored": False})
     """The terms of `kl`, a token each; none where it also prices a choice among responses or parts of them. Not kept in shards."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens were drawn, as far as that is known."""
+        return len(self.tokens) or self.text_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from equipoise.types import Rewards, Rollout
 def prompt_table(rollouts: Sequence[Rollout], rewards: Rewards, weights: Sequence[float] | None) -> dict[str, list[Any]]:
     """Columns of the table, a row per prompt in the order of the rollouts; NaN where nothing was scored."""
     asked = [r.prompt_id for r in rollouts]
-    price_RC = np.array([[r.kl, r.kl_floor, _sampled(r), len(r.tokens)] for r in rollouts], dtype=np.float64)
+    price_RC = np.array([[r.kl, r.kl_floor, _sampled(r), r.length] for r in rollouts], dtype=np.float64)
     ids, reward_PK = prompt_means(rewards.reward_NK, asked)
     price_PC = prompt_means(price_RC, asked)[1]
     count = {name: asked.count(name) for name in ids}
@@ -91,7 +91,7 @@ def overall(
     found["kl"] = _interval(table["kl"], indices)
     found["kl_floor"] = float(np.mean(table["kl_floor"]))
     found["kl_sampled"] = _spread(sampled_R, trial_R)
-    tokens = sum(len(r.tokens) for r in rollouts)
+    tokens = sum(r.length for r in rollouts)
     found["tokens_per_response"] = tokens / len(rollouts)
     found["base_forwards_per_response"] = float(np.mean([r.base_forwards for r in rollouts]))
     found["guide_forwards_per_response"] = float(np.mean([r.guide_forwards for r in rollouts]))

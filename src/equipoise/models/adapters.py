@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Layers = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 _PEFT_KEY = "base_model.model."
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for --max-lora-rank; it starts with 16."""
 _OTHER_FUNCTIONS = (
     *("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "alora_invocation_tokens"),
     *("lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "modules_to_save"),
@@ -92,12 +94,17 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def write_adapter(folder: Path, layers: Layers, *, base: Base, task: str | None, transposed: bool = False) -> int:
-    """Write a PEFT folder of these factors and return its rank, the largest of a layer's; raises `UserError` on a full disk."""
+def served_rank(rank: int) -> int | None:
+    """The least of `SERVED_RANKS` with room for this rank; None where there is none."""
+    return next((most for most in SERVED_RANKS if most >= rank), None)
+
+
+def write_adapter(folder: Path, layers: Layers, *, base: Base, task: str | None, transposed: bool = False, least: int = 0) -> int:
+    """Write a PEFT folder of these factors and return its rank, the largest of a layer's or `least`; raises `UserError` on a full disk."""
     import torch
     from safetensors.torch import save_file
 
-    rank = max(down.shape[0] for down, _ in layers.values())
+    rank = max(least, *(down.shape[0] for down, _ in layers.values()))
     tensors = {}
     for name, (down, up) in layers.items():
         room = rank - down.shape[0]

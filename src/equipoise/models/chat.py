@@ -10,7 +10,8 @@ from typing import Any
 
 from equipoise.types import Message, Prompt, UserError
 
-_SENTENCE_END = re.compile(r"((?<!\d)\.|[!?])[\"')\]*\u201d\u2019]*$")
+_END = r"((?<!\d)\.|[!?])[\"')\]*\u201d\u2019]*"
+_SENTENCE_END = re.compile(_END + "$")
 
 PLAIN_TEMPLATE = (
     "{{ cls_token or bos_token or '' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
@@ -172,6 +173,12 @@ def whole_sentences(tokenizer: Any, tokens: Sequence[int]) -> int:
         if ends_sentence(tokenizer, tokens[:count]):
             return count
     return len(tokens)
+
+
+def whole_sentences_of(text: str) -> str:
+    """The text up to its last whole sentence, as `whole_sentences` finds them, where no tokens are known; all of it without one."""
+    ends = [found.end() for found in re.finditer(_END + r"(?=\s|$)", text)]
+    return text[: ends[-1]] if ends else text
 
 
 def ends_sentence(tokenizer: Any, tokens: Sequence[int]) -> bool:

@@ -79,7 +79,7 @@ def encode(prompt: Prompt, numbers: Mapping[str, float], wording: Wording | None
             raise UserError(f"<{name}> is one of the tokenizer's special tokens: give the objective another name")
         if not math.isfinite(value):
             raise UserError(f"prompt {prompt.id!r}: {name} is {value}; only finite numbers are written")
-    guard = _Guard([*_markers(numbers), *wording.specials])
+    guard = _Guard(guarded(numbers, wording.specials))
     messages = [Message(role=m["role"], content=guard.escape(m["content"])) for m in prompt.messages]
     line = " ".join(f"{marker} {_written(value, wording)}" for marker, value in zip(_markers(numbers), numbers.values(), strict=True))
     messages[-1] = Message(role="user", content=f"{messages[-1]['content']}{wording.before}{line}{wording.after}")
@@ -97,7 +97,7 @@ def decode(prompt: Prompt, wording: Wording | None = None) -> tuple[Prompt, dict
         raise UserError(f"prompt {prompt.id!r} has no numbers at its end: it wasn't written by `encode`, or with another wording")
     text, line = found.groups()
     numbers = {name: float(value) for name, value in re.findall(rf"<({_NAME.pattern})> ({number})", line)}
-    guard = _Guard([*_markers(numbers), *wording.specials])
+    guard = _Guard(guarded(numbers, wording.specials))
     turns = [*prompt.messages[:-1], Message(role="user", content=text)]
     messages = tuple(Message(role=m["role"], content=guard.unescape(m["content"])) for m in turns)
     plain = replace(prompt, messages=messages)
@@ -115,6 +115,11 @@ def weights_in_prompt(tokenizer: Any, objectives: Sequence[str]) -> Callable[[Re
         return encode(request.prompt, dict(zip(objectives, request.weights, strict=True)), wording)
 
     return asked
+
+
+def guarded(names: Iterable[str], specials: Sequence[str]) -> list[str]:
+    """What a user's text must not hold, in any case: the markers of these names, and the special tokens."""
+    return [*_markers(names), *specials]
 
 
 def _markers(names: Iterable[str]) -> list[str]:

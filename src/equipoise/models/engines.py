@@ -72,6 +72,12 @@ class Reply:
     error: str = ""
     fatal: bool = False
     """Whether nobody can be answered (no key, no such model, a server that is down), so that the rest was not asked."""
+    cut: bool = False
+    """Whether the server says that it ran into the longest length."""
+    prompt_tokens: int = 0
+    """As the server counts them; 0 where it doesn't say."""
+    tokens: int = 0
+    """Of the reply, as the server counts them; 0 where it doesn't say."""
 
 
 class ChatEngine(Protocol):
@@ -131,15 +137,17 @@ class HTTPEngine:
             raise UserError(f"{OPENAI_URL} needs a key: set OPENAI_API_KEY, or name another server as MODEL@URL")
         self.identity = digest_of(["http", model, url, calls.max_tokens, calls.temperature])
 
-    def __call__(self, conversations: Sequence[Conversation], on_reply: OnReply | None = None) -> list[Reply]:
-        """One reply per conversation, in order. Raises `UserError` where the package openai is missing."""
+    def __call__(
+        self, conversations: Sequence[Conversation], on_reply: OnReply | None = None, seeds: Sequence[int] | None = None
+    ) -> list[Reply]:
+        """One reply per conversation, in order, asked for with its seed. Raises `UserError` where the package openai is missing."""
         try:
             import openai  # noqa: F401 its absence is told before anything is asked
         except ImportError:
             raise UserError("asking a server needs the package openai: pip install 'equipoise[http]'") from None
-        return _finished(self._ask_all(conversations, on_reply))
+        return _finished(self._ask_all(conversations, on_reply, seeds))
 
-    async def _ask_all(self, conversations: Sequence[Conversation], on_reply: OnReply | None) -> list[Reply]:
+    async def _ask_all(self, conversations: Sequence[Conversation], on_reply: OnReply | None, seeds: Sequence[int] | None) -> list[Reply]:
         import openai
 
         replies: list[Reply | None] = [None] * len(conversations)
@@ -151,7 +159,7 @@ class HTTPEngine:
             for index in waiting:  # shared: each worker takes the next one
                 if end is not None:
                     return
-                reply, refused = await self._ask(client, conversations[index])
+                reply, refused = await self._ask(client, conversations[index], seeds[index] if seeds else None)
                 if not refused:
                     in_a_row = in_a_row + 1 if reply.text is None else 0
                 if reply.fatal or in_a_row >= _PATIENCE:
@@ -168,14 +176,16 @@ class HTTPEngine:
             await asyncio.gather(*(worker() for _ in range(min(self.calls.concurrency, len(conversations)))))
         return [Reply(None, end or "", fatal=True) if reply is None else reply for reply in replies]
 
-    async def _ask(self, client: Any, conversation: Conversation) -> tuple[Reply, bool]:
+    async def _ask(self, client: Any, conversation: Conversation, seed: int | None) -> tuple[Reply, bool]:
         """The reply, and whether the server refused just this question (too long, filtered), and so is alive."""
         import openai
 
         # OpenAI's newer models refuse `max_tokens`; other servers may not know its successor.
-        settings = {"max_completion_tokens" if self._openai else "max_tokens": self.calls.max_tokens}
+        settings: dict[str, float] = {"max_completion_tokens" if self._openai else "max_tokens": self.calls.max_tokens}
         if self.calls.temperature is not None:
-            settings["temperature"] = self.calls.temperature  # type: ignore[assignment]
+            settings["temperature"] = self.calls.temperature
+        if seed is not None:
+            settings["seed"] = seed
         try:
             answer = await client.chat.completions.create(model=self.model, messages=[dict(m) for m in conversation], **settings)
         except openai.APITimeoutError:
@@ -189,10 +199,14 @@ class HTTPEngine:
         except (openai.OpenAIError, ValueError) as error:  # ValueError: said to be JSON, but isn't
             return self._failed(f"sent what is no chat completion ({error})")
         try:
-            text = answer.choices[0].message.content
+            text, cut = answer.choices[0].message.content, answer.choices[0].finish_reason == "length"
         except (AttributeError, IndexError, TypeError):
             return self._failed(f"sent what is no chat completion ({str(answer)[:80]!r})")
-        return (Reply(text), False) if isinstance(text, str) else self._failed("sent a message without text")
+        if not isinstance(text, str):
+            return self._failed("sent a message without text")
+        counts = (getattr(getattr(answer, "usage", None), name, 0) for name in ("prompt_tokens", "completion_tokens"))
+        prompt_tokens, tokens = (count if isinstance(count, int) else 0 for count in counts)
+        return Reply(text, cut=cut, prompt_tokens=prompt_tokens, tokens=tokens), False
 
     def _failed(self, reason: str, fatal: bool = False, refused: bool = False) -> tuple[Reply, bool]:
         hidden = reason.replace(self._key, "***") if self._key else reason

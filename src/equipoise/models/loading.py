@@ -89,10 +89,20 @@ class Base:
 
 def as_base(lm: LanguageModel) -> Base:
     """This model as the base of adapters."""
-    if lm.revision != "local":
-        return Base(name=lm.name, key=f"{lm.name}@{lm.revision}")
-    files = sorted(Path(lm.name).expanduser().glob("*.safetensors"))
-    return Base(name=lm.name, key=digest_of([file_digest(path) for path in files]))
+    return _base(lm.name, lm.revision)
+
+
+def base_named(name: str) -> Base:
+    """The model that `load_model(name)` would load, as the base of adapters; its key is unknown where the Hub alone says it."""
+    revision = resolve(name)[1]
+    return Base(name=name) if revision == "main" else _base(name, revision)
+
+
+def _base(name: str, revision: str) -> Base:
+    if revision != "local":
+        return Base(name=name, key=f"{name}@{revision}")
+    files = sorted(Path(name).expanduser().glob("*.safetensors"))
+    return Base(name=name, key=digest_of([file_digest(path) for path in files]))
 
 
 def write_base(folder: Path, base: Base) -> None:

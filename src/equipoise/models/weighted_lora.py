@@ -33,6 +33,9 @@ from equipoise.models.lora import WeightedLora
 from equipoise.runs import write_atomic, write_json
 from equipoise.types import UserError
 
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""A, B, C_0 and C_k [K, r2, r2] of a layer."""
+
 
 class RowWeights:
     """The weights of the rows that a model runs next, which all of its adapters read."""
@@ -78,8 +81,23 @@ class WeightedLinear(nn.Module):
 
 def dense_update(layer: WeightedLinear, weights_K: Sequence[float]) -> torch.Tensor:
     """W'(w) - W = s B C(w) A, [out, in]."""
-    core = torch.einsum("k,kij->ij", layer.cores_K.new_tensor(weights_K), layer.cores_K)
-    return layer.scale * layer.up_Or @ torch.block_diag(layer.fixed, core) @ layer.down_rI
+    down, up = folded((layer.down_rI, layer.up_Or, layer.fixed, layer.cores_K), layer.scale, weights_K)
+    return up @ down
+
+
+def folded(parts: Parts, scale: float, weights_K: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C(w) A [r, in], s B [out, r]): the plain LoRA of one weight vector, exactly; `parts` are A, B, C_0 and C_k."""
+    down_rI, up_Or, fixed, cores_K = parts
+    core = torch.einsum("k,kij->ij", cores_K.new_tensor(weights_K), cores_K)
+    return torch.block_diag(fixed, core) @ down_rI, scale * up_Or
+
+
+def terms(parts: Parts, scale: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(A, B) of dW_0, dW_1, .., dW_K with W'(w) - W = dW_0 + sum_k w_k dW_k; dW_0 has no rank where nothing is shared."""
+    down_rI, up_Or, fixed, cores_K = parts
+    split = fixed.shape[0]
+    shared = (fixed @ down_rI[:split], scale * up_Or[:, :split])
+    return [shared, *((core @ down_rI[split:], scale * up_Or[:, split:]) for core in cores_K)]
 
 
 @contextlib.contextmanager
@@ -194,18 +212,31 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged or holds no weighted adapters ({error}); save them again") from None
 
 
-def load_weighted(lm: LanguageModel, path: Path) -> LanguageModel:
-    """`lm` with the adapters that `save_weighted` wrote. Raises `UserError` where they are missing, damaged or another model's."""
+def read_layers(path: Path) -> dict[str, tuple[Parts, float]]:
+    """Layer -> ((A, B, C_0, C_k), s) of what `save_weighted` wrote. Raises `UserError` where they are missing or damaged."""
     from safetensors.torch import load_file
 
-    header = read_header(path)
+    scales, tensors = read_header(path)["scale"], load_file(_tensors_file(path))
+    layers: dict[str, tuple[Parts, float]] = {}
+    try:
+        for name, scale in scales.items():
+            down_rI, up_Or, fixed, cores_K = (tensors[f"{name}.{part}"] for part in _PARTS)
+            layers[name] = ((down_rI, up_Or, fixed, cores_K), scale)
+    except KeyError as error:
+        raise UserError(f"{path} holds no whole adapters: {error} is missing; save them again") from None
+    return layers
+
+
+def load_weighted(lm: LanguageModel, path: Path) -> LanguageModel:
+    """`lm` with the adapters that `save_weighted` wrote. Raises `UserError` where they are missing, damaged or another model's."""
+    header, layers = read_header(path), read_layers(path)
     if path.is_dir():
         check_base(lm, path)
-    tensors, model, asked = load_file(_tensors_file(path)), shared_copy(lm.model), RowWeights(header["objectives"])
+    model, asked = shared_copy(lm.model), RowWeights(header["objectives"])
     try:
-        for name, scale in header["scale"].items():
-            _wrap(model, name, tuple(tensors[f"{name}.{part}"] for part in _PARTS), scale, 0.0, asked)
-    except (KeyError, AttributeError) as error:
+        for name, (parts, scale) in layers.items():
+            _wrap(model, name, parts, scale, 0.0, asked)
+    except AttributeError as error:
         raise UserError(f"the adapters of {path} are for {header['model']!r}, not for {lm.name!r} ({error})") from None
     return _finished(lm, model, asked, lm.name)
 

@@ -100,17 +100,22 @@ def choosing_sampler(lm: LanguageModel, choice: Choice, sampling: Sampling, guid
     """The sampler that chooses."""
     if choice.how == "beam":
         return BeamSampler(lm=lm, sampling=sampling, beams=choice.beams, guide=guide)
-    rewards = _rewards(lm, choice)
+    rewards = choosing_rewards(lm, choice)
     if choice.how in ("rejection", "blocks"):
         segments = choice.segments if choice.how == "rejection" else Segments.blocks(choice.block, choice.n)
         return SegmentSampler(lm=lm, sampling=sampling, segments=segments, rewards=rewards, guide=guide)
-    if sampling.greedy and choice.n > 1:
+    return one_of_n(PolicySampler(lm, sampling, guide), rewards, choice, sampling.greedy)
+
+
+def one_of_n(inner: Sampler, rewards: WeightedRewards, choice: Choice, greedy: bool) -> Sampler:
+    """Best-of-n or resampling over a sampler. Raises `UserError` for greedy candidates."""
+    if greedy and choice.n > 1:
         raise UserError(f"greedy candidates are all the same: set greedy to false, or n to 1, not {choice.n}")
-    beta = choice.beta if choice.how == "resampling" else None
-    return ChoosingSampler(inner=PolicySampler(lm, sampling, guide), rewards=rewards, n=choice.n, beta=beta)
+    return ChoosingSampler(inner=inner, rewards=rewards, n=choice.n, beta=choice.beta if choice.how == "resampling" else None)
 
 
-def _rewards(lm: LanguageModel, choice: Choice) -> WeightedRewards:
+def choosing_rewards(lm: LanguageModel | None, choice: Choice) -> WeightedRewards:
+    """The rewards that choose, on their scale; `lm` is behind those that read states."""
     from equipoise.rewards import load_rewards, parse_name
     from equipoise.rewards.normalisation import Statistics
 

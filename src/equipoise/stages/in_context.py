@@ -111,6 +111,16 @@ def _followed(run: ScoredRun, scale: Scale) -> Mapping[str, Any] | None:
     return ric.followed(goal_NK, ric.scores_of(run, scale))
 
 
+def scores_at(record: InContext, weights: Sequence[float], targets: Targets) -> tuple[float, ...]:
+    """The scores that a policy is asked for at these weights."""
+    return tuple(target(np.array(weights), record.rows_NK, targets).tolist())
+
+
+def in_context_parents(folder: Path) -> dict[str, Path]:
+    """The files that a policy of `train ric` rests on."""
+    return {RECORD: folder / RECORD, **models_of({"policy": str(trained_folder(folder))})}
+
+
 def context_way(sampled: Settings) -> Way:
     """Steering by a policy that reads scores: those of a request's weights, or goals that it draws for itself."""
     from equipoise.decoding.logit_mixing import tuned_guide
@@ -127,7 +137,7 @@ def context_way(sampled: Settings) -> Way:
 
     @functools.cache
     def scores(weights: tuple[float, ...]) -> tuple[float, ...]:
-        return weights if goals else tuple(target(np.array(weights), record.rows_NK, targets).tolist())
+        return weights if goals else scores_at(record, weights, targets)
 
     def asked(request: Request) -> Prompt:
         assert request.weights is not None, "a request without weights is the reference's"
@@ -138,7 +148,7 @@ def context_way(sampled: Settings) -> Way:
 
     return Way(
         objectives=record.objectives,
-        parents={RECORD: folder / RECORD, **models_of({"policy": policy})},
+        parents=in_context_parents(folder),
         guide=guide,
         fixed=() if goals else None,
         goal=drawn if goals else None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from equipoise.progress import bar
 from equipoise.runs import file_digest, manifest_of, plain, read_json, stage, write_json, write_text
 from equipoise.stages import common
-from equipoise.stages.steering import sampler_of, steering_of
+from equipoise.stages.steering import model_for, sampler_of, steering_of
 from equipoise.types import UserError
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def _cost(path: Path, found: Quote) -> dict[str, float | int | None]:
 
         rollouts = read_rollouts(path / "rollouts")
         tokens = sum(r.base_forwards + r.guide_forwards for r in rollouts) / len(rollouts)
-        cost |= {"backbone_tokens": n * tokens, "backbone_tokens_of_one": tokens}
+        if tokens:  # a server may not count them
+            cost |= {"backbone_tokens": n * tokens, "backbone_tokens_of_one": tokens}
     return cost
 
 
@@ -177,7 +178,7 @@ def apply(config: Apply) -> str:
     from equipoise.decoding.choosing import candidate_requests
     from equipoise.evaluation.palette_text import applied_table
     from equipoise.evaluation.palettes import applied, applied_figures
-    from equipoise.rewards import load_rewards
+    from equipoise.rewards import load_rewards, needs_model
     from equipoise.rewards.scoring import score_shards
     from equipoise.rollouts import SHARD_BATCHES, collect, make_requests
 
@@ -194,15 +195,15 @@ def apply(config: Apply) -> str:
     with stage(config.out, "palette apply", common.settings_of(config), parents) as run:
         if run.done:
             return applied_table(read_json(run.folder / "applied.json"))
-        lm = common.model_of(serve["sample"]["model"], serve["sample"]["trust_remote_code"])
         steering = steering_of(serve["sample"])
-        sampler = sampler_of(lm, serve["sample"], steering)
+        sampler = sampler_of(model_for(serve["sample"]), serve["sample"], steering)
         requests = make_requests(prompts, config.responses, config.seed, steering.weights if steering else None)
         candidates = candidate_requests(requests, most)
         with bar(f"sampling {most} candidates for {len(requests)} responses", len(candidates)) as advance:
             size = SHARD_BATCHES * serve["sample"]["sampling"]["batch_size"]
             rollouts = collect(sampler, candidates, run.folder / "rollouts", size, advance)
-        rewards = load_rewards(serve["score"]["rewards"], common.model_of(serve["score"]["model"]))
+        scorers = serve["score"]["rewards"]
+        rewards = load_rewards(scorers, common.model_of(serve["score"]["model"]) if needs_model(scorers) else None)
         with bar(f"scoring {', '.join(serve['score']['rewards'])}", len(rollouts)) as advance:
             scored = score_shards(rewards, {p.id: p for p in prompts}, rollouts, run.folder / "rewards", serve["score"]["shard"], advance)
         reward_QNK = scored.reward_NK.reshape(len(requests), most, -1)

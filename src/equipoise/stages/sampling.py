@@ -13,7 +13,9 @@ from equipoise.progress import bar, say
 from equipoise.runs import EXECUTION, stage
 from equipoise.stages import common
 from equipoise.stages.choosing import Choice
-from equipoise.stages.steering import Steer, sampler_of, steering_of
+from equipoise.stages.steering import Steer, model_for, sampler_of, steering_of
+from equipoise.stages.upstream import Upstream
+from equipoise.stages.ways import WAYS
 from equipoise.types import Prompt, Response, UserError
 
 
@@ -45,9 +47,13 @@ class Sample(Steer):
     """in_context without weights: scores that each response is asked for, drawn as RiC's code does (released), or along the simplex."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    upstream: Upstream = field(default_factory=Upstream)
+    """A server that draws in the model's place; the choice among its responses, best_of or resampling, is made here."""
 
     def __post_init__(self) -> None:
         common.check_counts(samples=self.samples)
+        if self.upstream.source:
+            self.upstream.check(self.sampling, self.choice.how, [name for name in WAYS if getattr(self, name)])
 
 
 def sample(config: Sample) -> Path:
@@ -60,21 +66,23 @@ def sample(config: Sample) -> Path:
         raise UserError(f"{kind} responses to one prompt are all the same: set samples to 1, not {config.samples}")
     prompts = common.prompts_of(config.prompts, config.split, config.limit)
     settings = common.settings_of(config)
+    if not config.upstream.source:
+        del settings["upstream"]  # so that runs of before there were any go on
     steering = steering_of(settings)
     parents = {"prompts": prompts_file(config.prompts), **(steering.way.parents if steering else {})}
     with stage(config.out, "sample", settings, parents) as run:
         if run.done:
             return config.out
-        lm = common.model_of(config.model, config.trust_remote_code)
+        lm = model_for(settings)
         requests = make_requests(prompts, config.samples, config.seed, steering.weights if steering else None)
         if steering and steering.way.goal:
             requests = [replace(request, weights=steering.way.goal(request)) for request in requests]
-        sampler = sampler_of(lm, settings, steering)
+        sampler = sampler_of(lm, settings, steering, config.upstream)
         with bar(f"sampling {len(prompts)} prompts x {config.samples}", len(requests)) as advance:
             rollouts = collect(sampler, requests, run.folder / "rollouts", SHARD_BATCHES * config.sampling.batch_size, advance)
         run.outputs += sorted((run.folder / "rollouts").glob("*.parquet"))
-        run.facts |= {"rollouts": len(rollouts), "tokens": sum(len(r.tokens) for r in rollouts), "prompts": len(prompts)}
-        run.facts |= {"model_revision": lm.revision, "reward_calls": sum(r.reward_calls for r in rollouts)}
+        run.facts |= {"rollouts": len(rollouts), "tokens": sum(r.length for r in rollouts), "prompts": len(prompts)}
+        run.facts |= {"model_revision": lm.revision if lm else None, "reward_calls": sum(r.reward_calls for r in rollouts)}
     return config.out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +14,6 @@ from equipoise.runs import read_json, stage, write_json
 from equipoise.stages import common
 from equipoise.stages.ways import named
 from equipoise.types import UserError
-
-_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for --max-lora-rank; it starts with 16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +50,8 @@ def soup(config: Soup) -> Path:
     entries = named("adapters" if config.adapters else "models", config.adapters or config.models)
     parts = {name: Path(folder).expanduser() for name, folder in entries.items()}
     how = Config(rule=config.rule, rank=config.rank)
-    points = _points(config, tuple(parts))
-    files = {name: _adapter_files(folder) if config.adapters else Checkpoint(folder).files for name, folder in parts.items()}
+    points = weight_points(config.weights, config.steps, tuple(parts))
+    files = {name: adapter_files(folder) if config.adapters else Checkpoint(folder).files for name, folder in parts.items()}
     parents = {f"{name}: {file.name}": file for name, own in files.items() for file in own}
     with stage(config.out, "soup", common.settings_of(config), parents) as run:
         if run.done:
@@ -79,18 +76,19 @@ def soup(config: Soup) -> Path:
     return config.out
 
 
-def _points(config: Soup, objectives: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
-    """Folder name -> weights."""
+def weight_points(texts: Sequence[str], steps: int, objectives: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    """Folder name -> weights: those of the texts, or else the multiples of 1/steps. Raises `UserError` for the same weights twice."""
     from equipoise.objectives import named_weights, simplex_grid
 
-    asked = [named_weights(text, objectives) for text in config.weights] or simplex_grid(len(objectives), config.steps)
+    asked = [named_weights(text, objectives) for text in texts] or simplex_grid(len(objectives), steps)
     points = {"w" + "_".join(f"{w:g}" for w in weights): weights for weights in asked}
     if len(points) < len(asked):
-        raise UserError(f"two of the weights {list(config.weights)} are the same to six digits: give each once")
+        raise UserError(f"two of the weights {list(texts)} are the same to six digits: give each once")
     return points
 
 
-def _adapter_files(folder: Path) -> list[Path]:
+def adapter_files(folder: Path) -> list[Path]:
+    """What makes an adapter's folder."""
     from equipoise.models.loading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
     return [folder / ADAPTER_TENSORS, folder / ADAPTER_CONFIG]
@@ -98,6 +96,8 @@ def _adapter_files(folder: Path) -> list[Path]:
 
 def _tell(out: Path, points: Mapping[str, tuple[float, ...]]) -> None:
     """Say what whoever serves the soups should know."""
+    from equipoise.models.adapters import served_rank
+
     cards = {label: read_json(out / label / "card.json") for label in points}
     for label, card in cards.items():
         if card["extrapolated"]:
@@ -106,7 +106,7 @@ def _tell(out: Path, points: Mapping[str, tuple[float, ...]]) -> None:
             say(f"{label}: differs from the exact sum by {card['error']:.1%} of its norm")
     ranks = [card["rank"] for card in cards.values() if "rank" in card]
     if ranks:
-        served = next((rank for rank in _SERVED_RANKS if rank >= max(ranks)), None)
+        served = served_rank(max(ranks))
         hint = f"vLLM serves it with --max-lora-rank {served}" if served else "more than vLLM serves: give --rank 512 or less"
         say(f"{len(cards)} adapters of rank {max(ranks)} at most; {hint}")
     if any(not card.get("base_checked", True) for card in cards.values()):
@@ -133,7 +133,7 @@ def merge(config: Merge) -> Path:
     """Merge and return the model's folder."""
     from equipoise.models.loading import base_of
 
-    parents = {file.name: file for file in _adapter_files(config.adapter)}
+    parents = {file.name: file for file in adapter_files(config.adapter)}
     with stage(config.out, "merge", common.settings_of(config), parents) as run:
         folder = run.folder / "model"
         if run.done:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
+from equipoise.stages import common
+from equipoise.stages.upstream import Upstream, upstream_sampler
 from equipoise.stages.ways import READ_BY, WAYS, Settings, Way
 from equipoise.types import Sampler, UserError
 
@@ -139,16 +141,31 @@ def renamed(way: Way, objectives: tuple[str, ...]) -> Callable[[LanguageModel], 
     return guide
 
 
-def sampler_of(lm: LanguageModel, sampled: Settings, steering: Steering | None) -> Sampler:
-    """The sampler of these settings, steered by `steering_of` the same ones.
+def model_for(sampled: Settings) -> LanguageModel | None:
+    """The model of these settings; where an upstream draws, only if rewards that choose read its states."""
+    from equipoise.rewards import needs_model
+    from equipoise.stages.choosing import choice_of
 
-    Raises `UserError` for more candidates per token than there are tokens.
+    choice = choice_of(sampled)
+    if sampled.get("upstream") and not (choice and needs_model(choice.rewards)):
+        return None
+    return common.model_of(sampled["model"], sampled["trust_remote_code"])
+
+
+def sampler_of(lm: LanguageModel | None, sampled: Settings, steering: Steering | None, upstream: Upstream | None = None) -> Sampler:
+    """The sampler of these settings, steered by `steering_of` the same ones; `lm` is `model_for` them.
+
+    `upstream` says how a server is asked, where that isn't as by default. Raises `UserError` for more candidates per token than
+    there are tokens.
     """
     from equipoise.decoding.value_guided import PolicySampler
     from equipoise.models.generation import Sampling, known_tokens
     from equipoise.stages.choosing import choice_of, choosing_sampler
 
     sampling, choice = Sampling(**sampled["sampling"]), choice_of(sampled)
+    if sampled.get("upstream"):
+        return upstream_sampler(upstream or Upstream(**sampled["upstream"]), sampling, choice, lm)
+    assert lm is not None, "only an upstream draws without a model"
     if sampling.top_k > known_tokens(lm.tokenizer):
         raise UserError(f"top_k={sampling.top_k} is more than the {known_tokens(lm.tokenizer)} tokens of {lm.name!r}: 0 takes all of them")
     guide = steering.way.guide(lm) if steering else None

@@ -106,6 +106,8 @@ def train_value(config: TrainValue) -> Path:
     sampled = manifest_of(config.run, "sample")["config"]
     if sampled["weights"] or sampled.get("policy"):
         raise UserError(f"{config.run} was sampled from a steered policy; values are trained on the reference's rollouts")
+    if sampled.get("upstream"):
+        raise UserError(f"{config.run} was drawn by {sampled['upstream']['source']}, whose tokens aren't known: values need a model's own")
     rollouts = read_rollouts(config.run / "rollouts")
     rewards = read_rewards(config.run / "rewards", rollouts)
     prompts = {p.id: p for p in common.prompts_of_run(config.run, "sample")}

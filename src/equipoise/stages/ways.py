@@ -182,7 +182,7 @@ def _by_policy(sampled: Settings) -> Way:
             guide=lambda lm: tuned_guide(lm, Voice(lm=load_weighted(lm, folder), condition="weights")),
             reference_measures=True,
         )
-    objectives, weights = _trained_at(folder)
+    objectives, weights = trained_at(folder)
 
     def guide(lm: LanguageModel) -> Guide:
         asked = weights_in_prompt(lm.tokenizer, objectives) if weights is None else None
@@ -209,7 +209,7 @@ def _by_context(sampled: Settings) -> Way:
     return context_way(sampled)
 
 
-def _trained_at(folder: Path) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+def trained_at(folder: Path) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
     """(objectives, weights) that the card of a policy's folder, or of the run around it, says; none where it says none.
 
     Weights None are those of a policy that reads them in its prompt.

@@ -20,12 +20,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from equipoise.types import UserError
+
+if TYPE_CHECKING:
+    from equipoise.models.adapters import Layers
 
 Factors = tuple[Float[np.ndarray, "_ _"], Float[np.ndarray, "_ _"]]
 """(A [r, in], B [out, r]) of a layer; every layer has its own sizes."""
@@ -122,6 +125,14 @@ def solve(adapters: Sequence[Mapping[str, Factors]], weights_K: Sequence[float],
     return Soup(layers=layers, norm=math.sqrt(total), error=math.sqrt(lost / total) if total else 0.0)
 
 
+def solve_tensors(adapters: Sequence[Layers], weights_K: Sequence[float], config: Config) -> tuple[Layers, Soup]:
+    """`solve` of factors as tensors, and its layers as tensors."""
+    import torch
+
+    found = solve([{n: (d.numpy(), u.numpy()) for n, (d, u) in layers.items()} for layers in adapters], weights_K, config)
+    return {name: (torch.from_numpy(down), torch.from_numpy(up)) for name, (down, up) in found.layers.items()}, found
+
+
 def extrapolated(weights_K: Sequence[float]) -> bool:
     """Whether the weights are no point of the simplex, so that the soup lies outside of what its parts span."""
     return min(weights_K) < 0 or abs(sum(weights_K) - 1) > 1e-6
@@ -132,14 +143,11 @@ def soup_adapters(folders: Sequence[Path], weights_K: Sequence[float], config: C
 
     Raises `UserError` where a folder is no plain LoRA adapter, or they say that they were trained on different models.
     """
-    import torch
-
     from equipoise.models.adapters import common_base, read_adapter, write_adapter
 
     adapters = [read_adapter(folder) for folder in folders]
     base = common_base(adapters)
-    found = solve([{n: (d.numpy(), u.numpy()) for n, (d, u) in a.layers.items()} for a in adapters], weights_K, config)
-    layers = {name: (torch.from_numpy(down), torch.from_numpy(up)) for name, (down, up) in found.layers.items()}
+    layers, found = solve_tensors([a.layers for a in adapters], weights_K, config)
     rank = write_adapter(out, layers, base=base, task=adapters[0].task, transposed=adapters[0].transposed)
     checked = all(a.base.key for a in adapters) or all(a.base.name for a in adapters)
     return {"rule": config.rule, "rank": rank, "norm": found.norm, "error": found.error, "base": base, "base_checked": checked}
