@@ -1,4 +1,4 @@
-"""Online training from the command line: what the stages write, how it is served, and what they refuse."""
+"""`train ppo`, `online_dpo`, `map` and `trl` from the command line: what they write, how it is served, and what they refuse."""
 
 from __future__ import annotations
 
@@ -169,8 +169,7 @@ def test_trl_trains_on_our_rewards(tiny, tmp_path, capsys):
     pytest.importorskip("trl")
     asked = f"train trl --out {tmp_path}/run --model {tiny}/model --prompts {tiny}/prompts.jsonl --rewards {REWARDS}"
     line = [*asked.split(), "--statistics", str(tiny / "statistics.json"), "--trl.weights", "long=0.25,readable=0.75"]
-    sizes = "--trl.steps 2 --trl.prompts 4 --trl.samples 3 --trl.batch_size 6 --trl.lora.rank 2 --trl.max_new_tokens 6"
-    line += sizes.split()
+    line += [f"--trl.{word}" for word in ("steps=2", "prompts=4", "samples=3", "batch_size=6", "lora.rank=2", "max_new_tokens=6")]
     assert main(line) == 0
     history = read_json(tmp_path / "run" / "history.json")
     assert [entry["step"] for entry in history] == [1, 2]
