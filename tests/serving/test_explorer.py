@@ -302,7 +302,7 @@ def test_words_show_what_pushed_them(page, url, long_seed):
     # Objectives differ by more than hue.
     strokes = page.locator("#legend .word").evaluate_all("nodes => nodes.map(node => getComputedStyle(node).textDecorationStyle)")
     assert len(set(strokes)) == len(strokes) == 2
-    assert page.locator("#legend").inner_text().split() == list(REWARDS)
+    assert page.locator("#legend .word").all_inner_texts() == list(REWARDS)
     reader = done.get_by_role("slider", name="Word of answer A")
     reader.focus()
     page.keyboard.press("ArrowRight")
