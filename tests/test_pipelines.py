@@ -31,10 +31,11 @@ METHODS = {
     "sipo_beavertails": {"MOD", "SIPO", "soup", "SIPO-soup"},
     "sipo_smollm2": {"MOD", "SIPO"},
     "decoding": {"single-pass", "prefix", "value model", "contrast of prompts", "ARGS", "rejection", "single-pass best-of-4"},
+    "online": {"MORLHF", "online DPO", "RiC"},
     "ric_hh": {"RiC", "RiC-released", "offline"},
     "ric_summary": {"RiC", "RiC-released", "offline"},
 }
-TABLE = {"sipo_smollm2": "sipo/compare", "decoding": "decoding"}
+TABLE = {"sipo_smollm2": "sipo/compare", "decoding": "decoding", "online": "online"}
 """Where the table is, of those that can share a folder with another pipeline."""
 SHELL = "modpo_saferlhf"
 """The one that is run as its user does; the others run in the tests' process, which has imported what takes seconds."""
