@@ -11,13 +11,15 @@ batching_gain        tokens per second of all clients at once by those of one cl
 overhead_vs_engine   seconds over HTTP by those of the engine itself, minus 1, median over rounds
 as_alone             share of the responses that are, text by text, what their client gets alone
 
-Seconds are the clock's; the last line is JSON.
+Seconds are the clock's; `cpu_` before a name says that they are the server's of the processor, which a busy machine disturbs least.
+The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import subprocess
@@ -104,9 +106,15 @@ def measure(args: argparse.Namespace, service: Any, ask: Any) -> dict[str, Any]:
     ask(requests, args.clients)  # warm
     rounds = []
     for number in range(args.rounds):
-        http, engine, one = ask(requests, args.clients), engine_alone(service, requests), ask(few, 1)
+        marks, found = [time.process_time()], []
+        for run in (lambda: ask(requests, args.clients), lambda: engine_alone(service, requests), lambda: ask(few, 1)):
+            found.append(run())
+            marks.append(time.process_time())
+        (http, engine, one), cpu = found, [after - before for before, after in itertools.pairwise(marks)]
         rate = {"all": http["tokens"] / http["seconds"], "one": one["tokens"] / one["seconds"]}
         rounds.append({"gain": rate["all"] / rate["one"], "overhead": http["seconds"] / engine["seconds"] - 1, **rate})
+        rounds[-1]["cpu_gain"] = (http["tokens"] / cpu[0]) / (one["tokens"] / cpu[2])
+        rounds[-1]["cpu_overhead"] = cpu[0] / cpu[1] - 1
         same = [text == http["texts"][requests.index(asked)] for asked, text in zip(few, one["texts"], strict=True)]
         rounds[-1]["as_alone"] = sum(same) / len(same)
         rounds[-1]["as_engine"] = sum(a == b for a, b in zip(http["texts"], engine["texts"], strict=True)) / len(requests)
@@ -116,7 +124,10 @@ def measure(args: argparse.Namespace, service: Any, ask: Any) -> dict[str, Any]:
     return {
         "batching_gain": median["gain"],
         "overhead_vs_engine": median["overhead"],
+        "cpu_batching_gain": median["cpu_gain"],
+        "cpu_overhead_vs_engine": median["cpu_overhead"],
         "as_alone": median["as_alone"],
+        "as_engine": median["as_engine"],
         "tokens_per_s_all": median["all"],
         "tokens_per_s_one": median["one"],
         "clients": args.clients,
