@@ -113,6 +113,23 @@ def test_trls_advantages_are_ours(tmp_path):
     np.testing.assert_allclose(found["advantages"].numpy(), ppo.leave_one_out(np.array(return_PG)).flatten(), atol=1e-4)
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "gdpo"])
+def test_those_of_groups_are_ours_and_a_step_is_taken(algorithm, tmp_path):
+    """s - mean s of each group of six is 5/6 of what RLOO has; GDPO is `ppo.decoupled`; neither has a KL."""
+    asked, rewards = prompts_of(), [Table("x"), Table("y")]
+    config = replace(CONFIG, algorithm=algorithm, beta=0.0, samples=6, batch_size=12, steps=2)
+    trainer = make_trainer(own_lm(), config, Told(rewards, asked, PLAIN, WEIGHTS).functions(), asked, str(tmp_path))
+    trainer.model.train()
+    found = trainer._generate_and_score_completions([row for row in rows_of(SMALL.tokenizer, asked) for _ in range(6)])
+    ids = [row[mask.bool()].tolist() for row, mask in zip(found["completion_ids"], found["completion_mask"], strict=True)]
+    texts = SMALL.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    z_PGK = np.array([[reward([one] * 6, texts[6 * p : 6 * p + 6]) for reward in rewards] for p, one in enumerate(asked)]).swapaxes(1, 2)
+    ours_PG = ppo.leave_one_out(z_PGK @ WEIGHTS) * 5 / 6 if algorithm == "grpo" else ppo.decoupled(z_PGK, np.array([WEIGHTS] * 2))
+    np.testing.assert_allclose(found["advantages"].numpy(), ours_PG.flatten(), atol=1e-4)
+    trainer.train()
+    assert any(parameter.abs().max() > 0 for name, parameter in trainer.model.named_parameters() if "lora_B" in name)
+
+
 def test_rloo_by_trl_reaches_the_closed_form(tmp_path):
     """50 steps of 200 responses to each of two prompts at beta 1."""
     config = replace(CONFIG, beta=1.0, steps=50, samples=200, batch_size=400, learning_rate=0.02, checkpoint_every=100)

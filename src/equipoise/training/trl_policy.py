@@ -25,7 +25,7 @@ The weights enter: the rewards, one vector for the whole run (TRL has none per r
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -218,10 +218,8 @@ def make_trainer(lm: Any, config: Config, functions: Sequence[Callable[..., Any]
     return made
 
 
-def train(
-    prompts: Sequence[Prompt], rewards: Sequence[Reward], scale: Normaliser, source: str, config: Config, run: Manifest
-) -> Mapping[str, Any]:
-    """Train adapters on `source`, which is the reference too, save them, and return the last step's log.
+def train(prompts: Sequence[Prompt], rewards: Sequence[Reward], scale: Normaliser, source: str, config: Config, run: Manifest) -> None:
+    """Train adapters on `source`, which is the reference too, and save them.
 
     Raises `UserError` for weights or statistics of other objectives than the rewards', where a reward fails, and where training diverges.
     """
@@ -248,4 +246,3 @@ def train(
     about = {"base": start.base.name, "weights_key": start.weights, "beta": config.beta}
     card = {"method": f"{config.algorithm} by TRL", "model": source, "objectives": objectives, "weights": weights_K, **about}
     conclude(run, save_policy(run.folder, start, trainer.model, config.lora), {"card": card, "history": history})
-    return history[-1]
