@@ -6,7 +6,8 @@
     R = s - beta l,    l = sum_t l_t,    l_t = log pi_drawn(y_t | .) - log pi_ref(y_t | .)        nats; beta in sd of reward per nat
 
     rloo   A_t = R_i - mean_(j != i) R_j                            over a prompt's G responses; no bias, nothing beside the policy
-    grpo   A_t = (R_i - mean R) / (sd R + 1e-4)                     the same optimum: each prompt's gradient is scaled
+    grpo   A_t = (R_i - mean R) / (sd R + 1e-4)                     with kl = reward each prompt's gradient is scaled, and the optimum
+                                                                    stays; with kl = loss its beta is sd R times as large
     gdpo   A_t = batch_z(sum_k w_k (z_ik - mean z_k) / (sd z_k + 1e-4)) - beta (l_i - mean l)
                                                                     each objective in units of its own spread within the group, so
                                                                     that none is drowned; beta is then in these units
