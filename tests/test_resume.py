@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -114,9 +115,9 @@ def names(folder: Path, pattern: str) -> list[str]:
 
 def assert_same_shards(one: Path, other: Path) -> None:
     """The same shards, with the same rollouts and rewards in them."""
-    found = names(one, "*.parquet")
+    found = names(one, "part-*.parquet")
     assert found
-    assert found == names(other, "*.parquet")
+    assert found == names(other, "part-*.parquet")
     for part in sorted({Path(name).parent for name in found}):
         if part.name != "rewards":
             assert read_rollouts(one / part) == read_rollouts(other / part)
@@ -203,6 +204,21 @@ def test_rewardbench(tmp_path):
         if (tmp_path / "whole" / name).is_file() and name != "manifest.json":
             assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert_same_manifest(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_evaluating_again_writes_the_same_bytes(undisturbed):
+    out, lines = undisturbed
+    files = [out / "sweep" / name for name in ("evaluation.json", "front.json", "responses.parquet")]
+    before = [path.read_bytes() for path in files]
+    table = pq.read_table(files[2])
+    # 6 prompts: 4 samples of the reference, 3 at each of 3 weights, and the prefix form once on 2 prompts at both ends
+    assert table.num_rows == 6 * 4 + 6 * 3 * 3 + 2 * 2
+    assert set(table["method"].to_pylist()) == {"reference", "single-pass", "prefix"}
+    assert {row["method"] for row in read_json(files[0])["methods"]} >= {"single-pass", "guided best-of-2", "best-of-4", "resampling"}
+    for path in files:
+        path.unlink()
+    assert run(lines["evaluate"]) == 0
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_a_finished_stage_run_again_changes_nothing(undisturbed):
