@@ -138,8 +138,10 @@ def test_a_client_that_goes_frees_its_rows(served, client):
     assert served.engine.running + served.engine.waiting == 0
 
 
-def test_a_client_that_goes_before_its_answer_frees_them_too(served, address):
-    """It isn't streamed, and the connection is closed once the first tokens were drawn."""
+def test_a_client_that_goes_before_its_answer_frees_them_too(served, address, monkeypatch):
+    """It isn't streamed, and the connection is closed once the first tokens were drawn; a token takes as long as a real model's."""
+    turn = Loop.turn
+    monkeypatch.setattr(Loop, "turn", lambda loop: time.sleep(0.01) or turn(loop))
     before = served.engine.counts.responses
     body = json.dumps(asked(max_tokens=48, n=8, temperature=2)).encode()
     host, port = address.removeprefix("http://").split(":")
