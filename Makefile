@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(VENV)/bin/equipoise demo --out runs/demo
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check src tests benchmarks
