@@ -164,11 +164,11 @@ def random_weights(seed: Sequence[int], objectives: int, concentration: float = 
     return tuple(rng.dirichlet([concentration] * objectives).tolist())
 
 
-def linear(reward_NK: Real[np.ndarray, "N K"], weights_K: Sequence[float]) -> Float[np.ndarray, " N"]:
+def linear(reward_NK: Real[np.ndarray, "*N K"], weights_K: Sequence[float]) -> Float[np.ndarray, "*N"]:
     """sum_k w_k r_k; an objective of weight 0 may be unscored."""
     weights = np.asarray(weights_K, dtype=np.float64)
     used = weights != 0
-    return np.asarray(reward_NK, dtype=np.float64)[:, used] @ weights[used]
+    return np.asarray(reward_NK, dtype=np.float64)[..., used] @ weights[used]
 
 
 def chebyshev(reward_NK: Real[np.ndarray, "N K"], weights_K: Sequence[float], ideal_K: Sequence[float]) -> Float[np.ndarray, " N"]:

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, Real
 
 from equipoise.decoding.choosing import candidate_requests, served
 from equipoise.decoding.resampling import resample, resampling_kl
+from equipoise.objectives import linear
 from equipoise.palette.confidence import Monitor
 from equipoise.rewards.scoring import score
 from equipoise.types import Request, Reward, Rollout, Sampler
@@ -27,8 +28,7 @@ from equipoise.types import Request, Reward, Rollout, Sampler
 
 def tilt(reward_PNK: Real[np.ndarray, "P N K"], multiplier_K: Real[np.ndarray, " K"]) -> Float[np.ndarray, "P N"]:
     """v . R in nats; NaN where an objective that counts is unscored."""
-    used = np.asarray(multiplier_K) != 0
-    return np.asarray(reward_PNK, dtype=np.float64)[..., used] @ np.asarray(multiplier_K, dtype=np.float64)[used]
+    return linear(reward_PNK, np.asarray(multiplier_K).tolist())
 
 
 def choose(reward_PNK: Real[np.ndarray, "P N K"], multiplier_K: Real[np.ndarray, " K"], seeds_P: Sequence[int]) -> Int[np.ndarray, " P"]:

@@ -19,7 +19,7 @@ from equipoise.decoding.choosing import candidate_requests, served
 from equipoise.decoding.palette import choose, tilt
 from equipoise.decoding.resampling import best_of_n, best_of_n_kl, resample, resampling_kl
 from equipoise.models.steps import Guide, Sampling
-from equipoise.objectives import parse_weights
+from equipoise.objectives import linear, parse_weights
 from equipoise.palette.banks import Bank
 from equipoise.palette.quote import Quote, as_json, quote
 from equipoise.rollouts import request_seed
@@ -190,7 +190,7 @@ def check_candidates(ask: Ask, each: int, most: int) -> None:
         raise UserError(f"{ask.n} responses from {each} candidates each are {ask.n * each}, of at most {most}: lower n")
 
 
-def offer_of(name: str, way: Way | None, settings: Mapping[str, Any], choice: Choice | None, guide: Guide | None, about: str = "") -> Offer:
+def offer_of(name: str, way: Way | None, settings: Mapping[str, Any], choice: Choice | None, guide: Guide | None) -> Offer:
     """The offer of a way to steer, made with kl_budget null and beta 1; `settings` are those of whoever offers it."""
     if choice is not None and choice.how not in ("best_of", "resampling"):
         raise UserError(f"method {name!r}: {choice.how} isn't served, as best_of and resampling are; use `sample` for it")
@@ -203,7 +203,7 @@ def offer_of(name: str, way: Way | None, settings: Mapping[str, Any], choice: Ch
     objectives = way.objectives if way else ()
     return Offer(
         name=name,
-        about=about or _describe(settings, choice),
+        about=_describe(settings, choice),
         objectives=objectives,
         key=name if guide is not None else "reference",
         guide=guide,
@@ -244,14 +244,14 @@ def _writes_prompts(guide: Guide | None) -> bool:
 
 
 def _chooser(choice: Choice, weights: tuple[float, ...]) -> Chooser:
-    used, own = np.array(weights) != 0, np.array(weights)
+    used = sum(weight != 0 for weight in weights)
 
     def pick(seeds: Sequence[int], reward_RNK: np.ndarray, z_RNK: np.ndarray) -> tuple[list[int], list[float], int]:
-        score_RN = z_RNK[..., used] @ own[used]
+        score_RN = linear(z_RNK, weights)
         if choice.how == "best_of":
-            return best_of_n(score_RN).tolist(), [best_of_n_kl(choice.n)] * len(seeds), int(used.sum())
+            return best_of_n(score_RN).tolist(), [best_of_n_kl(choice.n)] * len(seeds), used
         chosen = resample(score_RN, choice.beta, seeds)
-        return chosen.tolist(), [resampling_kl(one[None], choice.beta) for one in score_RN], int(used.sum())
+        return chosen.tolist(), [resampling_kl(one[None], choice.beta) for one in score_RN], used
 
     return pick
 
