@@ -25,6 +25,22 @@ else
   run() { equipoise "$@"; }
 fi
 
+# The functions named, at the same time, each on its share of the cores; their lines begin with their names.
+side_by_side() {
+  if [ -n "$list" ]; then
+    for lane in "$@"; do "$lane"; done
+    return
+  fi
+  local lane started=() failed=''
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + $# - 1) / $# ))}
+  for lane in "$@"; do
+    ("$lane" 2>&1 | sed -u "s/^/$lane: /") &
+    started+=($!)
+  done
+  for lane in "${started[@]}"; do wait "$lane" || failed=1; done
+  [ -z "$failed" ] || { echo "$0: a stage failed; run it again to continue after the last that finished" >&2; exit 1; }
+}
+
 # The model $2 of the Hub in the folder $1, with the template $3 (Safe RLHF's conversations), which its tokenizer doesn't bring.
 fetch() {
   if [ -z "$list" ] && [ ! -e "$1/chat_template.jinja" ]; then

@@ -1,5 +1,6 @@
 # Sourced by the pipelines on SmolLM2's own answers to HH-RLHF's prompts, which share them where OUT is the same: prompts, a bank of four
-# answers to each, its rewards, and pairs. Sets: objectives, first, second, rewards, model, sampling, judges, pairs.
+# answers to each, its rewards, and pairs. Sets: objectives, first, second, rewards, model, sampling, judges, pairs. Where `third` is
+# set before, it is an objective too.
 if [ -n "$tiny" ]; then
   run tiny --out "$out/tiny"
   objectives=(long readable) model=$out/tiny/model sources=hh:$out/tiny/hh.jsonl draw=() judges='[]'
@@ -10,7 +11,8 @@ else
   draw=(--max_words 50 --per_source 400) judges='[judge_helpful,judge_harmless]'
   sampling=(--sampling.max_new_tokens 40 --sampling.top_k 40 --sampling.batch_size 64)
 fi
-first=${objectives[0]} second=${objectives[1]} rewards="[${objectives[0]},${objectives[1]}]" pairs="[labelled:$out/pairs/pairs.jsonl]"
+objectives+=(${third:+"$third"})
+first=${objectives[0]} second=${objectives[1]} rewards="[$(IFS=,; echo "${objectives[*]}")]" pairs="[labelled:$out/pairs/pairs.jsonl]"
 
 run prompts --out "$out/prompts" --sources "[$sources]" --single_turn true "${draw[@]}" \
   --shares '{"train": 0.8, "validation": 0.1, "test": 0.1}'
@@ -18,11 +20,17 @@ run sample --model "$model" --prompts "$out/prompts/prompts.jsonl" --samples 4 "
 run score --run "$out/bank" --model "$model" --rewards "$rewards"
 run label --run "$out/bank" --choice extremes --out "$out/pairs"
 
-# DPO for each objective: OUT/OBJECTIVE/adapter, the policies `both`.
+# DPO for each objective: OUT/OBJECTIVE/adapter, together `tuned`.
 dpo=(--cache "$out/logprobs" --dpo.beta 0.5 --dpo.max_length 256 --dpo.lora.dropout 0 --dpo.fit.warmup 0.1 --dpo.fit.batch_size 8)
 dpo_first=("${dpo[@]}" --dpo.test_share 0.1 --dpo.fit.learning_rate 2e-4 --dpo.fit.max_steps 36 --dpo.fit.accumulate 2 --dpo.fit.checkpoint_every 12)
 [ -z "$tiny" ] || dpo_first+=(--dpo.lora.rank 2 --dpo.fit.max_steps 3 --dpo.test_share 0.3)
-both="[$first=$out/$first/adapter,$second=$out/$second/adapter]"
+# OBJECTIVE=FOLDER of each objective, with the folder's name around it: `each scorer- /model` for OUT/scorer-OBJECTIVE/model.
+each() {
+  local name named=()
+  for name in "${objectives[@]}"; do named+=("'$name=$out/$1$name$2'"); done
+  (IFS=,; echo "[${named[*]}]")
+}
+tuned=$(each '' /adapter)
 policies() {
   for name in "${objectives[@]}"; do
     run train dpo --model "$model" --pairs "$pairs" --dpo.objectives "[$name]" "${dpo_first[@]}" --out "$out/$name"

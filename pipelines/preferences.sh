@@ -22,5 +22,5 @@ done
 run train autoregressive --config "$here/../recipes/parm.yaml" --model "$model" --pairs "$pairs" --reward.objectives "$rewards" \
   "${parm[@]}" --out "$out/parm"
 run compare --out "$out/compare" --model "$model" --prompts "$out/prompts/prompts.jsonl" "${sampling[@]}" "${points[@]}" \
-  --rewards "$rewards" --judges "$judges" --methods "{soup: {soup: $both}, MOD: {mixing: $both}, PARM: {guides: ['$out/parm/adapter'], beta: 2.0}, \
+  --rewards "$rewards" --judges "$judges" --methods "{soup: {soup: $tuned}, MOD: {mixing: $tuned}, PARM: {guides: ['$out/parm/adapter'], beta: 2.0}, \
 MODPO: {policies: ['$out/modpo-0.25/adapter', '$out/modpo-0.5/adapter', '$out/modpo-0.75/adapter']}}"

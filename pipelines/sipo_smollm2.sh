@@ -23,10 +23,10 @@ fi
 after="[$first=$out/sipo/$first/adapter,$second=$out/sipo/$second/adapter]"
 
 policies
-run sipo sample --out "$out/sipo/samples" --model "$model" --pairs "$pairs" --limit "$limit" --mixing "$both" --weights "$weights" \
+run sipo sample --out "$out/sipo/samples" --model "$model" --pairs "$pairs" --limit "$limit" --mixing "$tuned" --weights "$weights" \
   "${sampling[@]}" --sampling.greedy true
 run sipo refine --out "$out/sipo/refined" --samples "$out/sipo/samples" --one_shot false --review_weights "$first=1" "${refine[@]}"
-run sipo score --out "$out/sipo/scores" --samples "$out/sipo/samples" --refined "$out/sipo/refined" --policies "$both" \
+run sipo score --out "$out/sipo/scores" --samples "$out/sipo/samples" --refined "$out/sipo/refined" --policies "$tuned" \
   --soups '["0.5,0.5"]' --held_out "$held_out"
 run sipo select --out "$out/sipo/selected" --scores "$out/sipo/scores" --unfinished keep --replay 0.5 --replay_pairs "$pairs" "${select[@]}"
 for name in "${objectives[@]}"; do
@@ -34,5 +34,5 @@ for name in "${objectives[@]}"; do
     "${dpo[@]}" --dpo.nll 0.1 --dpo.fit.checkpoint_every 6 "${again[@]}" --out "$out/sipo/$name"
 done
 run compare --out "$out/sipo/compare" --model "$model" --prompts "$out/prompts/prompts.jsonl" --split test "${points[@]}" --steps 2 \
-  --methods "{MOD: {mixing: $both}, SIPO: {mixing: $after}}" \
+  --methods "{MOD: {mixing: $tuned}, SIPO: {mixing: $after}}" \
   --rewards "$rewards" --judges "$judges" --samples 1 --reference_samples 4 --best_of '[2,4]' "${sampling[@]}"

@@ -37,6 +37,7 @@ PHRASES: Mapping[str, str] = {
     "brief": "concise",
     "long": "detailed",
     "readable": "readable",
+    "relevant": "relevant to the question",
 }
 """Objective -> what a response becomes more of."""
 
