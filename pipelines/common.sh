@@ -1,6 +1,6 @@
 # Sourced by the pipelines: reads [--tiny] [--list] [OUT] and defines `run`, which runs one stage, and `fetch`.
 #   --tiny   every stage on a two-layer model and small data made in code: seconds, no downloads, figures without a meaning
-#   --list   print the commands and run none
+#   --list   run nothing: print what would be fetched, needed and taken (the head of the script) and every command
 # A killed pipeline continues when it is run again: finished stages return at once.
 set -euo pipefail
 tiny='' list='' out=''
@@ -15,6 +15,8 @@ done
 here=$(cd "$(dirname "$0")" && pwd)
 out=${out:-runs/$(basename "$0" .sh)${tiny:+-tiny}}
 if [ -n "$list" ]; then
+  # The paragraphs of the script's head that say what it costs, as comments, which `equipoise run` passes over.
+  awk '/^source/ {exit} /^# [a-z]/ {on = /^# (fetches|needs|takes):/} on' "$0"
   run() { printf '%q ' "$@"; echo; }
 elif [ -n "$tiny" ]; then # starting a process for each stage would take most of the time
   mkdir -p "$out"
@@ -24,6 +26,11 @@ elif [ -n "$tiny" ]; then # starting a process for each stage would take most of
 else
   run() { equipoise "$@"; }
 fi
+
+# For pipelines that take minutes as they are.
+no_tiny() {
+  [ -z "$tiny" ] || { echo "$0 has no --tiny: it takes minutes as it is" >&2; exit 2; }
+}
 
 # The functions named, at the same time, each on its share of the cores; their lines begin with their names.
 side_by_side() {

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# The embedded demo, stage by stage: what `equipoise demo` runs, with every setting in a recipe. About 8 minutes on 2 CPU cores.
-# Kill it at any point and run it again: it continues. Usage: pipelines/embedded.sh [OUT]
-set -euo pipefail
-out=${1:-runs/embedded}
-here=$(cd "$(dirname "$0")/.." && pwd)
-equipoise sample --config "$here/recipes/sample.yaml" --out "$out/train"
-equipoise score --config "$here/recipes/score.yaml" --run "$out/train"
-equipoise train value --config "$here/recipes/value.yaml" --run "$out/train" --out "$out/values"
-equipoise sweep --config "$here/recipes/sweep.yaml" --values "$out/values" --out "$out/sweep"
-equipoise evaluate --sweep "$out/sweep"
-equipoise report --evaluation "$out/sweep/evaluation.json" --out "$out/report.html"
+# The embedded demo, stage by stage: what `equipoise demo` runs, with every setting in a recipe.
+# usage:    pipelines/embedded.sh [--list] [OUT]        a killed run continues when it is run again
+# needs:    nothing
+# takes:    about 8 minutes on 2 CPU cores
+source "$(dirname "$0")/common.sh"
+no_tiny
+recipes=$here/../recipes
+
+run sample --config "$recipes/sample.yaml" --out "$out/train"
+run score --config "$recipes/score.yaml" --run "$out/train"
+run train value --config "$recipes/value.yaml" --run "$out/train" --out "$out/values"
+run sweep --config "$recipes/sweep.yaml" --values "$out/values" --out "$out/sweep"
+run evaluate --sweep "$out/sweep"
+run report --evaluation "$out/sweep/evaluation.json" --out "$out/report.html"

@@ -475,12 +475,18 @@ PIPELINES = [p for p in sorted((ROOT / "pipelines").glob("*.sh")) if p.stem != "
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in PIPELINES])
 def test_every_command_of_a_pipeline_parses(path):
-    text = path.read_text().replace("\\\n", " ").replace("$here", str(ROOT)).replace("$out", "runs/x")
-    if "common.sh" in text:
-        listed = subprocess.run(["bash", path, "--list", "runs/x"], capture_output=True, text=True, check=True).stdout
-        text = "".join(f"equipoise {line}\n" for line in listed.splitlines())
-    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("equipoise ")]
+    listed = subprocess.run(["bash", path, "--list", "runs/x"], capture_output=True, text=True, check=True).stdout
+    lines = [words for line in listed.splitlines() if (words := shlex.split(line, comments=True))]
     assert lines
     for words in lines:
-        name, rest = _command(words[1:])
-        _parse(name, rest)
+        _parse(*_command(words))
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in PIPELINES])
+def test_a_dry_run_says_what_would_be_fetched_and_what_it_costs(path, tmp_path):
+    listed = subprocess.run(["bash", path, "--list", str(tmp_path / "x")], capture_output=True, text=True, check=True).stdout
+    said = [line for line in listed.splitlines() if line.startswith("#")]
+    assert any(line.startswith("# needs:") for line in said)
+    assert any(line.startswith(("# takes:", "# fetches:")) for line in said)
+    assert "fetch " not in path.read_text() or any(line.startswith("# fetches:") for line in said)
+    assert not (tmp_path / "x").exists()
