@@ -109,7 +109,7 @@ messages="['$first=You are a helpful assistant. Answer in full, with details and
 '$second=You are a careful assistant. Refuse politely what could do harm.|You say whatever harms or offends.', \
 '$third=You are a cheerful assistant. Be warm and hopeful.|You are gloomy and complain about everything.']"
 chosen="rewards: $rewards, scale: '$out/scale.json'"
-run compare --out "$out/compare" "${asked[@]}" --split test --samples 1 "${sampling[@]}" "${points[@]}" --rewards "$rewards" --judges "$judges" \
+run compare --out "$out/compare" "${asked[@]}" --split test --samples 1 "${sampling[@]}" --sampling.batch_size 80 "${points[@]}" --rewards "$rewards" --judges "$judges" \
   --weights "['1,0,0', '0,1,0', '0,0,1', '0.5,0.5,0', '0.5,0,0.5', '0,0.5,0.5', '0.3334,0.3333,0.3333']" --methods "{\
 soup: {soup: $tuned}, \
 MOD: {mixing: $tuned}, \
