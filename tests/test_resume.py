@@ -34,7 +34,7 @@ PRELOAD = [
     "torch",
     "transformers.models.llama.modeling_llama",
 ]
-TIMING = ("seconds", "finished", "outputs")  # of a manifest; the digests of rollouts cover the seconds they took
+TIMING = ("seconds", "cpu_seconds", "finished", "outputs")  # of a manifest; the digests of rollouts cover the seconds they took
 
 
 def _child(words: list[str], dies_at: int, renamed: bool) -> None:

@@ -160,7 +160,7 @@ class Manifest:
         self.facts: dict[str, Any] = {}
         self.pending = False
         """Whether other processes are still at work on the folder: the last one writes the manifest."""
-        self.begun = time.time()
+        self.begun, self.cpu_begun = time.time(), time.process_time()
 
     @property
     def path(self) -> Path:
@@ -202,6 +202,7 @@ class Manifest:
             "outputs": outputs,
             "facts": self.facts,
             "seconds": round(time.time() - self.begun, 1),
+            "cpu_seconds": round(time.process_time() - self.cpu_begun, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_json(self.path, record)
