@@ -68,7 +68,10 @@ def test_every_stage_of_a_pipeline_runs_and_its_table_has_numbers(name, tmp_path
 @pytest.mark.parametrize("name", METHODS)
 def test_tiny_has_every_stage_of_the_real_pipeline(name):
     """Each stage once, in the same order; `test_cli` parses the settings of both."""
-    real, small = ([_command(shlex.split(line))[0] for line in commands(name, *options).splitlines() if line[0] != "#"] for options in ((), ("--tiny",)))
+    real, small = (
+        [_command(shlex.split(line))[0] for line in commands(name, *options).splitlines() if line[0] != "#"]
+        for options in ((), ("--tiny",))
+    )
     assert small == ["tiny", *real]
 
 

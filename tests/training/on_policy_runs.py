@@ -106,6 +106,18 @@ class Table:
         )
 
 
+class Failing(Table):
+    """A reward that fails from its third call on, until it is mended."""
+
+    calls = 0
+
+    def __call__(self, prompts, responses):
+        self.calls += 1
+        if 3 <= self.calls < 100:
+            raise RuntimeError("out of memory")
+        return super().__call__(prompts, responses)
+
+
 def prompts_of(copies: int = 1) -> list[Prompt]:
     """Both prompts, so often that a round has many weights for each."""
     return [prompt(f"{text}-{i}", text) for text in ASKED for i in range(copies)]

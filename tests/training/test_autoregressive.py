@@ -43,7 +43,7 @@ from equipoise.training.autoregressive import (
 from equipoise.training.completion_rows import Row, collator
 from equipoise.training.fit import FitConfig, fit
 from equipoise.types import LabelledPair, LossOutput, Request, UserError
-from training.children import child_runner
+from training.children import child_runner, dying
 
 NAN = math.nan
 TOKENS = tuple(range(len(TINY_WORDS)))
@@ -395,16 +395,7 @@ def test_genarm_from_a_file_to_a_guide(tiny_folder, tmp_path, capsys, rank):
 def _child(out: str, model: str, dies_at: int) -> None:
     """Train PARM; die in the `dies_at`-th loss (0: live)."""
     torch.set_num_threads(1)
-    losses, count = autoregressive.objective_losses, 0
-
-    def deadly(*args):
-        nonlocal count
-        count += 1
-        if count == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return losses(*args)
-
-    autoregressive.objective_losses = deadly
+    autoregressive.objective_losses = dying(autoregressive.objective_losses, dies_at)
     config = Config(objectives=("kind", "late"), weighted=SMALL, fit=replace(QUICK, epochs=3))
     with stage(Path(out), "train autoregressive", {}) as run:
         autoregressive.train(labelled_pairs(30), model, config, run)

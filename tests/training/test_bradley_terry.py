@@ -22,7 +22,7 @@ from equipoise.runs import read_json, stage
 from equipoise.training.bradley_terry import Config, length_slope, make_rows, pair_losses, split, train
 from equipoise.training.fit import FitConfig
 from equipoise.types import Pair, UserError
-from training.children import child_runner
+from training.children import child_runner, dying
 
 WORDS = [word for word in FOLDER_WORDS[3:] if word.isalpha() and word not in ("good", "bad")]
 QUICK = FitConfig(learning_rate=0.01, epochs=4, batch_size=8, checkpoint_every=4)
@@ -294,16 +294,7 @@ def _child(out: str, model: str, dies_at: int) -> None:
     from equipoise.training import bradley_terry
 
     torch.set_num_threads(1)
-    losses, count = bradley_terry.pair_losses, 0
-
-    def deadly(*args):
-        nonlocal count
-        count += 1
-        if count == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return losses(*args)
-
-    bradley_terry.pair_losses = deadly
+    bradley_terry.pair_losses = dying(bradley_terry.pair_losses, dies_at)
     trained(Path(out), Path(model), pairs_of(40), lora=Lora(rank=2, dropout=0.2))
     os._exit(0)
 

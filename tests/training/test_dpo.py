@@ -30,7 +30,7 @@ from equipoise.training.completion_rows import Row, collator
 from equipoise.training.dpo import Config, chosen_nll, label_weights, labelled, labelled_losses, make_loss, preference_losses, train
 from equipoise.training.fit import FitConfig
 from equipoise.types import LabelledPair, Pair, UserError
-from training.children import child_runner
+from training.children import child_runner, dying
 from training.every_sequence import RESPONSES, far, optimum, train_on_all_pairs
 from training.test_bradley_terry import pairs_of
 
@@ -311,16 +311,7 @@ def _child(out: str, model: str, dies_at: int) -> None:
     from equipoise.training import dpo
 
     torch.set_num_threads(1)
-    losses, count = dpo.labelled_losses, 0
-
-    def deadly(*args):
-        nonlocal count
-        count += 1
-        if count == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return losses(*args)
-
-    dpo.labelled_losses = deadly
+    dpo.labelled_losses = dying(dpo.labelled_losses, dies_at)
     trained(Path(out), model, pairs_of(40), lora=Lora(rank=2, dropout=0.2))
     os._exit(0)
 

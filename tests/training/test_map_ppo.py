@@ -16,7 +16,7 @@ from equipoise.objectives import Normaliser
 from equipoise.training import on_policy, ppo
 from equipoise.training.map_ppo import MAP, Config, corrected, gaps
 from equipoise.types import UserError
-from training.on_policy_runs import FIT, SAMPLING, SMALL, Table, law, make_rounds, prompts_of
+from training.on_policy_runs import FIT, SAMPLING, SMALL, Failing, Table, law, make_rounds, prompts_of
 
 INF = math.inf
 LOOP = on_policy.Config(
@@ -245,18 +245,6 @@ def test_a_policy_is_trained_to_its_targets_from_multipliers_that_were_wrong(tmp
     np.testing.assert_allclose(found_K, aim_K, atol=0.25)
     assert np.abs(has_PS - aim_PS).sum(axis=1).max() / 2 < 0.05
     assert {n for n, r in enumerate(records) if "gap" in r} == {4, 8, 12, 16, 20}
-
-
-class Failing(Table):
-    """A reward that fails from the third round on, until it is mended."""
-
-    calls = 0
-
-    def __call__(self, prompts, responses):
-        self.calls += 1
-        if 3 <= self.calls < 100:
-            raise RuntimeError("out of memory")
-        return super().__call__(prompts, responses)
 
 
 def test_a_run_that_stopped_goes_on_with_the_same_multipliers_and_one_that_is_at_its_targets_ends(tmp_path):

@@ -33,7 +33,7 @@ from equipoise.training.held_out import held_out_perplexity
 from equipoise.training.policy import load_start
 from equipoise.training.sft import Config, Row, collate, make_loss, mean_nll, rows_of, train
 from equipoise.types import Message, Pair, Prompt, UserError
-from training.children import child_runner
+from training.children import child_runner, dying
 
 KEEPS = (
     "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] }}{{ ' </s> ' if m['role'] == 'assistant' else ' . ' }}{% endfor %}"
@@ -386,16 +386,7 @@ def test_pairs_through_the_command_line(tiny_folder, tmp_path, capsys):
 def _child(out: str, model: str, dies_at: int) -> None:
     """Train; die in the `dies_at`-th loss (0: live)."""
     torch.set_num_threads(1)
-    loss, count = sft.mean_nll, 0
-
-    def deadly(*args):
-        nonlocal count
-        count += 1
-        if count == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return loss(*args)
-
-    sft.mean_nll = deadly
+    sft.mean_nll = dying(sft.mean_nll, dies_at)
     examples = [example(row["prompt"], row["completion"], id=str(i)) for i, row in enumerate(talks(24))]
     config = Config(lora=Lora(rank=2, dropout=0.2), fit=FitConfig(learning_rate=0.01, epochs=3, batch_size=4, checkpoint_every=4))
     with stage(Path(out), "train sft", {}) as run:

@@ -20,7 +20,7 @@ from equipoise.runs import Manifest, read_json
 from equipoise.training import on_policy, ppo
 from equipoise.training.trl_policy import Config, Told, make_trainer, rows_of, told, train
 from equipoise.types import UserError
-from training.on_policy_runs import PLAIN, SMALL, Table, law, optimum, prompts_of
+from training.on_policy_runs import PLAIN, SMALL, Failing, Table, law, optimum, prompts_of
 
 NAN = math.nan
 WEIGHTS = (0.3, 0.7)
@@ -147,18 +147,6 @@ def test_rloo_by_trl_reaches_the_closed_form(tmp_path):
 
 def run_of(folder) -> Manifest:
     return Manifest(folder, "train trl", {}, {})
-
-
-class Failing(Table):
-    """Fails from the third batch on, until it is mended."""
-
-    calls = 0
-
-    def __call__(self, prompts, responses):
-        self.calls += 1
-        if 3 <= self.calls < 100:
-            raise RuntimeError("out of memory")
-        return super().__call__(prompts, responses)
 
 
 def test_a_run_that_stopped_ends_with_the_same_bytes(tmp_path):
