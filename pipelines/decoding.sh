@@ -5,7 +5,7 @@
 # needs:    helpful-base and harmless-base of HH-RLHF (MIT) as FOLDER/NAME.test.jsonl.gz, by default ../shared/data/hh_rlhf
 #           prompts, bank and pairs are those of pipelines/preferences.sh, which are taken over where OUT is the same
 # takes:    beyond the bank about 2 hours of a core: values 11 minutes, rewards 8, trees and their model 25, comparison 75
-# expect:   README's table: single-pass values +0.78 helpful and +1.85 harmless at 4 nats for the price of one plain response
+# expect:   docs/results.md: single-pass values +0.78 helpful and +1.85 harmless at 4 nats for the price of one plain response
 source "$(dirname "$0")/common.sh"
 source "$here/own_answers.bash"
 if [ -n "$tiny" ]; then

@@ -4,7 +4,7 @@
 # needs:    helpful-base and harmless-base of HH-RLHF (MIT) as FOLDER/NAME.test.jsonl.gz, by default ../shared/data/hh_rlhf
 #           prompts and bank are those of pipelines/preferences.sh and decoding.sh, which are taken over where OUT is the same
 # takes:    beyond the bank about 3 hours of a core: MORLHF 3 x 28 minutes, online DPO 27, rewards-in-context 35, comparison 32
-# expect:   README's table: MORLHF +0.19 helpful and +0.48 harmless at the ends, online DPO +0.15 and +0.27; rewards-in-context hardly follows
+# expect:   docs/results.md: MORLHF +0.19 helpful and +0.48 harmless at the ends, online DPO +0.15 and +0.27; rewards-in-context hardly follows
 source "$(dirname "$0")/common.sh"
 source "$here/own_answers.bash"
 if [ -n "$tiny" ]; then

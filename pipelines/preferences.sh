@@ -5,7 +5,7 @@
 # usage:    [HH=FOLDER] pipelines/preferences.sh [--tiny] [--list] [OUT]        a killed run continues when it is run again
 # needs:    helpful-base and harmless-base of HH-RLHF (MIT) as FOLDER/NAME.test.jsonl.gz, by default ../shared/data/hh_rlhf
 # takes:    about 2 hours on 2 CPU cores that did other work too: bank 12 minutes, each training 13 to 22, comparison 16
-# expect:   README's table: hypervolume 1.90 for the soup, 1.85 MOD, 1.69 MODPO's three points, 1.75 PARM, 1.89 best-of-2, 1.00 the reference
+# expect:   docs/results.md: hypervolume 1.90 for the soup, 1.85 MOD, 1.69 MODPO's three points, 1.75 PARM, 1.89 best-of-2, 1.00 the reference
 source "$(dirname "$0")/common.sh"
 source "$here/own_answers.bash"
 if [ -n "$tiny" ]; then
