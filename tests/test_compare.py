@@ -169,7 +169,7 @@ def test_policies_stand_where_they_were_trained(policies, tiny_folder, asked, tm
         rollouts = read_point(tmp_path / "out", "trained", tuple(point["weights"])).rollouts
         assert point["cost"] == pytest.approx(np.mean([r.guide_forwards for r in rollouts]) / plain)
     assert main(command(tmp_path / "odd", tiny_folder, asked, methods={"m": {"policies": [f"{policies}/odd"]}})) == 2
-    assert "'m' is steered by odd" in capsys.readouterr().err
+    assert "'m': steered by odd" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,12 @@ def test_policies_stand_where_they_were_trained(policies, tiny_folder, asked, tm
         (METHODS, ["--best_of", "[2,8]"], "reference_samples of at least 8"),
         (METHODS, ["--each_best_of", "[3]"], "samples of at least as many"),
         ({"m": {"mesages": ["brief=a"]}}, [], "mesages"),
+        (METHODS, ["--weights", '["0.5,0.6"]'], "sum to 1.1, not 1"),
+        (METHODS, ["--weights", '["brief=0.5,funny=0.5"]'], "unknown objective 'funny'"),
+        (METHODS, ["--weights", '["0.5,0.5", "diverse=0.5,brief=0.5"]'], "'diverse=0.5,brief=0.5' are there twice"),
+        ({"m": METHODS["contrast"] | {"weights": ["1,0", "brief=1"]}}, [], "points 1 and 2 are both at brief=1 diverse=0"),
+        ({"m": {"palettes": ["x"], "beta": 0.5, "weights": ["1,0"]}}, [], "leave beta, weights away"),
+        ({"m": METHODS["contrast"] | {"palette_n": 3}}, [], "palette_n=3 is read beside palettes alone"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(methods, more, says, tiny_folder, asked, tmp_path, capsys):
@@ -188,6 +194,100 @@ def test_bad_input_is_one_line_that_names_it(methods, more, says, tiny_folder, a
     error = capsys.readouterr().err.strip()
     assert says in error
     assert len(error.splitlines()) == 1
+
+
+def test_weights_take_the_place_of_the_grid_but_not_of_a_methods_own(tiny_folder, asked, tmp_path):
+    methods = {"grid": METHODS["contrast"], "own": METHODS["contrast"] | {"weights": ["1,0", "0.1,0.9"]}}
+    asked_for = ["--weights", '["brief=0.25,diverse=0.75", "0.8,0.2"]', "--each_best_of", "[]"]
+    assert main([*command(tmp_path / "out", tiny_folder, asked, methods=methods), *asked_for]) == 0
+    found = read_json(tmp_path / "out" / "evaluation.json")
+    weights = {
+        name: [tuple(p["weights"]) for p in found["points"] if p["method"] == name and p["n_candidates"] in (1, 4)]
+        for name in ("grid", "own", "best-of-n")
+    }
+    # best-of-n comes at the weights that were asked for, and at the one end that a method has, which it is set beside
+    assert weights == {"grid": [(0.25, 0.75), (0.8, 0.2)], "own": [(1, 0), (0.1, 0.9)], "best-of-n": [(0.25, 0.75), (0.8, 0.2), (1, 0)]}
+    assert [(row["ours"], row["objective"]) for row in found["equal_compute"]] == [("own", "brief")]
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_folder, asked):
+    """Scored responses of the reference to the training prompts, and palettes that were solved on them."""
+    out = asked.parent / "bank"
+    sampled = f"sample --out {out} --model {tiny_folder} --prompts {asked} --samples 6".split()
+    assert main([*sampled, *SETTINGS]) == 0
+    assert main(f"score --run {out} --model {tiny_folder} --rewards [readable,{','.join(REWARDS)}]".split()) == 0
+    asks = {
+        "both": (["--n", "3"], "diverse>=+0.2sd brief>=+0.3sd"),
+        "brief": (["--n", "3"], "brief>=+0.4sd"),
+        "pooled": (["--dual", "pooled"], "brief>=+0.3sd diverse>=+0.2sd"),
+        "less": (["--n", "3"], "brief<=-0.3sd"),
+        "other": (["--n", "3"], "readable>=+0.2sd"),
+        "free": (["--n", "3"], "brief>=-1sd"),
+    }
+    for name, (more, ask) in asks.items():
+        assert main([*f"palette --bank {out} --n_boot 0 --out {asked.parent}/palette-{name}".split(), *more, "--ask", ask]) == 0
+    return asked.parent
+
+
+def test_palettes_are_points_where_their_multipliers_pull(bank, tiny_folder, asked, tmp_path):
+    methods = {
+        "palette": {"palettes": [f"{bank}/palette-{name}" for name in ("both", "brief")]},
+        "pooled": {"palettes": [f"{bank}/palette-pooled"], "palette_n": 2},
+    }
+    out = tmp_path / "out"
+    assert main([*command(out, tiny_folder, asked, methods=methods), "--each_best_of", "[]"]) == 0
+    points = {(p["method"], tuple(p["weights"])): p for p in read_json(out / "evaluation.json")["points"] if p["weights"]}
+    solved = {name: read_json(bank / f"palette-{name}" / "palette.json") for name in ("both", "brief", "pooled")}
+    rows = np.array([[row[name] for name in REWARDS] for row in rewards_of(bank / "bank")])
+    scored = dict(zip(REWARDS, rows[np.isfinite(rows).all(axis=1)].T, strict=True))
+    places = {}
+    for name in ("both", "pooled"):
+        pull = {k: solved[name]["multipliers"][k] * scored[k].std() for k in REWARDS}
+        places[name] = tuple(pull[k] / sum(pull.values()) for k in REWARDS)
+    own = [weights for name, weights in points if name == "palette"]
+    assert own == [pytest.approx(places["both"], rel=1e-6), (1.0, 0.0)]
+    assert [weights for name, weights in points if name == "pooled"] == [pytest.approx(places["pooled"], rel=1e-6)]
+    # Each response is one of n candidates, scored on what the palette asks for.
+    for name, n, weights in (("both", 3, own[0]), ("brief", 3, own[1])):
+        rollouts = read_point(out, "palette", weights).rollouts
+        assert {r.reward_calls for r in rollouts} == {n * len(solved[name]["multipliers"])}
+        assert len({r.parent_id.rpartition("#")[2] for r in rollouts}) > 1
+        assert all(0 <= r.kl <= np.log(n) for r in rollouts)
+    facts = read_json(out / "manifest.json")["parents"]
+    assert len([key for key in facts if key.startswith("palette: palette ")]) == 2
+    # softmax(v R) is resampling at beta = 1 / v
+    again = f"sample --out {tmp_path / 'one'} --model {tiny_folder} --prompts {asked} --split test --samples 2 --seed 1".split()
+    choice = {"how": "resampling", "rewards": ["brief"], "n": 3, "beta": 1 / solved["brief"]["multipliers"]["brief"]}
+    assert main([*again, *SETTINGS, "--weights", "brief=1", "--choice", json.dumps(choice)]) == 0
+    drawn = read_rollouts(tmp_path / "one" / "rollouts")
+    assert [r.tokens for r in drawn] == [r.tokens for r in read_point(out, "palette", (1.0, 0.0)).rollouts]
+
+
+def rewards_of(run):
+    return pq.read_table(sorted((run / "rewards").glob("*.parquet"))).to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("less", "has no place among weights of at least 0: brief has the multiplier -"),
+        ("other", "asks for readable; the rewards are brief, diverse"),
+        ("pooled", "says no number of candidates: set palette_n"),
+        ("free", "all its multipliers are 0"),
+        ("none", "no such file"),
+    ],
+)
+def test_a_palette_that_cant_be_placed_or_served_is_one_line(name, says, bank, tiny_folder, asked, tmp_path, capsys):
+    assert main(command(tmp_path / "out", tiny_folder, asked, methods={"m": {"palettes": [f"{bank}/palette-{name}"]}})) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_palette_of_another_model_is_refused(bank, asked, tmp_path, capsys):
+    assert main(command(tmp_path / "out", "elsewhere", asked, methods={"m": {"palettes": [f"{bank}/palette-both"]}})) == 2
+    assert "and the comparison is of elsewhere" in capsys.readouterr().err
 
 
 def test_prompts_of_two_sources_in_one_file(asked, tmp_path):

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from equipoise.models.generation import Sampling
 from equipoise.progress import bar
 from equipoise.runs import EXECUTION, stage, write_json, write_text
 from equipoise.stages import common
-from equipoise.stages.choosing import Choice
-from equipoise.stages.steering import Steer, Steering, renamed, sampler_of, steering_of
-from equipoise.types import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method(Steer):
-    """One method of a comparison: what steers it, as `sample` takes it, and where along the trade-off."""
-
-    weights: tuple[str, ...] = ()
-    """Its weight vectors, as helpful=0.7,harmless=0.3 each; empty for the comparison's grid."""
-    policies: tuple[str, ...] = ()
-    """Folders of policies that were trained at one weight vector each (DPO, MODPO); each is a point of the method."""
-    choice: Choice = field(default_factory=Choice)
-    """How its responses are chosen among proposals."""
-
-    def __post_init__(self) -> None:
-        if self.policies and (self.weights or self.policy):
-            raise UserError("policies bring their own weights: leave weights and policy away")
+from equipoise.stages.methods import Method, MethodPoint, parents_of_points, points_of
+from equipoise.stages.steering import sampler_of
+from equipoise.types import Prompt, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +34,8 @@ class Compare:
     """Most prompts; 0 for all."""
     steps: int = 4
     """The grid's weights are multiples of 1/steps."""
+    weights: tuple[str, ...] = ()
+    """Weight vectors in place of the grid, as helpful=0.7,harmless=0.3 or 0.7,0.3 each, for best-of-n and methods without their own."""
     samples: int = 2
     """Responses per prompt and weight vector of each method."""
     reference_samples: int = 8
@@ -93,68 +78,47 @@ def compare(config: Compare) -> Path:
     """Run what is missing, evaluate, draw, and return the page."""
     from equipoise.data.prompts import prompts_file
     from equipoise.evaluation.sweep import sweep_point
-    from equipoise.objectives import simplex_grid
     from equipoise.rewards import artefacts, load_rewards, parse_name
 
     objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
-    grid, settings = simplex_grid(len(objectives), config.steps), common.settings_of(config)
-    plan = {name: _points(name, method, objectives, grid, settings) for name, method in config.methods.items()}
+    grid, settings = _grid(config, objectives), common.settings_of(config)
+    plan = {name: points_of(name, method, objectives, grid, settings) for name, method in config.methods.items()}
     prompts = common.prompts_of(config.prompts, config.split, config.limit)
     parents = {"prompts": prompts_file(config.prompts)} | {str(file): file for file in artefacts([*config.rewards, *config.judges])}
     for name, points in plan.items():
-        parents |= {f"{name}: {what}": path for _, steering in points for what, path in steering.way.parents.items()}
+        parents |= parents_of_points(name, points)
     with stage(config.out, "compare", settings, parents) as run:
         if not run.done:
             lm = common.model_of(config.model, config.trust_remote_code)
             rewards = load_rewards([*config.rewards, *config.judges], lm)
-            todo: list[tuple[str, Mapping[str, Any], Steering | None, int]] = [("reference", settings, None, config.reference_samples)]
-            todo += [(name, sampled, steering, config.samples) for name, points in plan.items() for sampled, steering in points]
+            todo: list[tuple[str, MethodPoint | None, int]] = [("reference", None, config.reference_samples)]
+            todo += [(name, point, config.samples) for name, points in plan.items() for point in points]
             with bar(f"sampling {len(todo)} points on {len(prompts)} prompts", len(prompts) * sum(n for *_, n in todo)) as advance:
-                for name, sampled, steering, count in reversed(todo) if config.from_end else todo:
-                    sampler, weights = sampler_of(lm, sampled, steering), steering.weights if steering else None
-                    size = config.sampling.batch_size
+                for name, at, count in reversed(todo) if config.from_end else todo:
+                    sampler = sampler_of(lm, at.sampled, at.steering) if at else sampler_of(lm, settings, None)
+                    weights, size = at.weights if at else None, config.sampling.batch_size
                     point = sweep_point(run.folder, name, sampler, weights, prompts, count, config.seed, rewards, size, sampled=advance)
                     run.outputs += (run.folder / point.source).glob("*/*.parquet")
             run.outputs.sort()
     return _evaluate(config, plan, grid, prompts)
 
 
-def _points(
-    name: str, method: Method, objectives: tuple[str, ...], grid: Any, settings: Mapping[str, Any]
-) -> list[tuple[dict[str, Any], Steering]]:
-    """(`sample` settings, steering) of each of a method's weight vectors."""
-    if name == "reference" or "/" in name or name.startswith("."):
-        raise UserError(f"{name!r} can't be a method's name: it becomes a folder beside the reference's")
-    asked = method.weights or [",".join(f"{k}={w:.12g}" for k, w in zip(objectives, weights, strict=True)) for weights in grid]
-    shared = {**asdict(method), **{key: settings[key] for key in ("sampling", "trust_remote_code")}}
-    points = [{"policy": folder, "weights": ""} for folder in method.policies] or [{"weights": weights} for weights in asked]
-    found = []
-    for point in points:
-        sampled = {**shared, **point}
-        try:
-            steering = steering_of(sampled)
-        except UserError as error:
-            raise UserError(f"method {name!r}: {error}") from None
-        found.append((sampled, _placed(name, steering, objectives)))
+def _grid(config: Compare, objectives: tuple[str, ...]) -> list[tuple[float, ...]]:
+    """The weight vectors of best-of-n and of methods without their own. Raises `UserError` for one that is none, or given twice."""
+    from equipoise.objectives import parse_weights, simplex_grid
+
+    if not config.weights:
+        return simplex_grid(len(objectives), config.steps)
+    found = [parse_weights(text, objectives) for text in config.weights]
+    for index, weights in enumerate(found):
+        if weights in found[:index]:
+            raise UserError(f"the weights {config.weights[index]!r} are there twice: name each vector once")
     return found
 
 
-def _placed(name: str, steering: Steering | None, objectives: tuple[str, ...]) -> Steering:
-    """The steering, with a policy of fewer objectives at 0 on the others. Raises `UserError` where it isn't of these objectives."""
-    known = steering.way.objectives if steering else ()
-    if steering and steering.way.fixed and set(known) <= set(objectives):
-        own = dict(zip(known, steering.weights, strict=True))
-        weights = tuple(own.get(k, 0.0) for k in objectives)
-        way = replace(steering.way, objectives=objectives, guide=renamed(steering.way, objectives), fixed=weights)
-        return Steering(way=way, weights=weights)
-    if steering is None or known != objectives:
-        raise UserError(
-            f"method {name!r} is steered by {', '.join(known) or 'nothing'}; the rewards are {', '.join(objectives)}, in this order"
-        )
-    return steering
-
-
-def _evaluate(config: Compare, plan: Mapping[str, Any], grid: Any, prompts: Any) -> Path:
+def _evaluate(
+    config: Compare, plan: Mapping[str, Sequence[MethodPoint]], grid: Sequence[tuple[float, ...]], prompts: Sequence[Prompt]
+) -> Path:
     from equipoise.evaluation.comparison import comparison_of
     from equipoise.evaluation.figures import front_figure
     from equipoise.evaluation.log import response_table, write_table
@@ -165,8 +129,11 @@ def _evaluate(config: Compare, plan: Mapping[str, Any], grid: Any, prompts: Any)
 
     manifest = manifest_of(config.out, "compare")
     objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
-    weights = {name: [steering.weights for _, steering in points] for name, points in plan.items()}
-    measured = {name for name, points in plan.items() if all(steering.way.reference_measures for _, steering in points)}
+    weights = {name: [point.weights for point in points] for name, points in plan.items()}
+    measured = {name for name, points in plan.items() if all(point.steering.way.reference_measures for point in points)}
+    # An end of a method is set beside best-of-n at the same end, which weights of one's own may leave out.
+    ends = dict.fromkeys(w for found in weights.values() for w in found if max(w) == 1.0)
+    grid = [*grid, *(end for end in ends if end not in grid)]
     result = comparison_of(config.out, objectives, {p.id: p for p in prompts}, weights, grid, manifest["config"], measured)
     result |= {"model": config.model, "settings": manifest["config"], "versions": manifest["versions"], "facts": manifest["facts"]}
     result["files"] = [
