@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +23,9 @@ from equipoise.data.splits import opening
 from equipoise.evaluation.sweep import read_point
 from equipoise.rollouts import read_rollouts
 from equipoise.runs import read_json
+from equipoise.stages.workers import claimed, each_once
 from small_pipeline import REWARDS, write_prompts
+from test_resume import PRELOAD, SERVER, tortured
 
 METHODS = {"contrast": {"messages": ["brief=be good|be bad", "diverse=help people , please"], "beta": 0.5}}
 SETTINGS = ["--sampling.max_new_tokens", "10", "--sampling.top_k", "12", "--sampling.batch_size", "4"]
@@ -132,10 +141,113 @@ def test_it_continues_where_it_was_killed(compared, tiny_folder, asked, capsys):
     lost = sorted((compared / "contrast").glob("*/rollouts/*.parquet"))[-1]
     kept = read_rollouts(lost.parent)
     lost.unlink()
-    assert main(command(compared, tiny_folder, asked, "--from_end")) == 0
+    assert main(command(compared, tiny_folder, asked)) == 0
     assert read_rollouts(lost.parent) == kept
     again = read_json(compared / "evaluation.json")
     assert [p | {"tokens_per_s": 0} for p in again["points"]] == [p | {"tokens_per_s": 0} for p in before["points"]]
+
+
+def statistics(folder):
+    """All of an evaluation but how long things took, and the digests of files that say so."""
+
+    def kept(value):
+        if isinstance(value, dict):
+            return {k: kept(v) for k, v in value.items() if k not in ("tokens_per_s", "seconds", "peak_memory", "files")}
+        return [kept(v) for v in value] if isinstance(value, list) else value
+
+    return kept(read_json(folder / "evaluation.json"))
+
+
+def assert_same_comparison(one, other):
+    assert statistics(one) == statistics(other)
+    rows = [repr(pq.read_table(folder / "responses.parquet").to_pylist()) for folder in (one, other)]  # NaN isn't equal to itself
+    assert rows[0] == rows[1]
+
+
+def test_killed_at_random_and_run_again_it_gives_the_same_table(compared, tiny_folder, asked, tmp_path):
+    SERVER.set_forkserver_preload(PRELOAD)
+    out = tmp_path / "out"
+    assert tortured(command(out, tiny_folder, asked), out, seed=3, writes=20) >= 4
+    assert_same_comparison(out, compared)
+
+
+def claims(out):
+    """Of each worker, by its process: which point it has claimed."""
+    found = {}
+    for log in sorted((out / ".workers").glob("*.log")):
+        said = log.read_text().split()
+        with contextlib.suppress(OSError, IndexError):
+            open_files = [os.readlink(link) for link in Path(f"/proc/{said[1]}/fd").iterdir()]
+            found |= {int(said[1]): str(Path(name).parent) for name in open_files if name.endswith(".claim")}
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads from /proc which process is at a point")
+def test_workers_share_the_points_and_what_a_killed_one_leaves(compared, tiny_folder, asked, tmp_path):
+    out, said = tmp_path / "out", tmp_path / "said"
+    words = [sys.executable, "-m", "equipoise.cli", *command(out, tiny_folder, asked), "--workers", "2"]
+
+    def start():
+        with open(said, "w") as handle:
+            return subprocess.Popen(words, stderr=handle, stdout=handle)
+
+    def wait_for_claims(parent):
+        while not (at := claims(out)):
+            assert parent.poll() is None, said.read_text()
+            time.sleep(0.002)
+        return at
+
+    parent = start()
+    first = wait_for_claims(parent)
+    parent.kill()  # and its workers end with it, so that nobody holds a point
+    parent.wait(60)
+    assert not (out / "manifest.json").exists()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in first) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [pid for pid in first if Path(f"/proc/{pid}").exists()]
+    for log in (out / ".workers").glob("*.log"):
+        log.unlink()
+    parent = start()
+    victim = next(iter(wait_for_claims(parent)))
+    os.kill(victim, signal.SIGKILL)
+    assert parent.wait(240) == 0, said.read_text()
+    dead = [line for line in said.read_text().splitlines() if "ended with exit code" in line]
+    assert len(dead) == 1
+    assert "exit code -9" in dead[0]
+    assert str(out / ".workers" / "worker-") in dead[0]
+    assert_same_comparison(out, compared)
+
+
+def test_no_two_processes_have_a_claim(tmp_path):
+    with claimed(tmp_path / "a") as mine, claimed(tmp_path / "a") as again, claimed(tmp_path / "b") as other:
+        assert (mine, again, other) == (True, False, True)
+    with claimed(tmp_path / "a") as freed:
+        assert freed
+
+
+def test_pieces_that_others_hold_are_come_back_to(tmp_path):
+    done = []
+    holder = claimed(tmp_path / "1")
+    holder.__enter__()
+
+    def work(piece):
+        done.append(piece)
+        if piece == 2:
+            holder.__exit__(None, None, None)
+
+    each_once([0, 1, 2], lambda piece: tmp_path / str(piece), work)
+    assert done == [0, 2, 1]
+
+
+def test_where_no_worker_reaches_the_end_one_line_says_why(tiny_folder, asked, tmp_path, capsys):
+    words = command(tmp_path / "out", tiny_folder, asked, "--workers", "2", "--sampling.top_k", "5000")
+    assert main(words) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("equipoise: ")]
+    assert len(said) == 1
+    assert "ended with exit code 2 (top_k=5000 is more than the" in said[0]
+    assert "worker-1.log" in said[0]
+    assert "run the same command again" in said[0]
 
 
 @pytest.fixture(scope="module")

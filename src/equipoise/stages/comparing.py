@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from equipoise.models.generation import Sampling
-from equipoise.progress import bar
+from equipoise.progress import bar, say
 from equipoise.runs import EXECUTION, stage, write_json, write_text
 from equipoise.stages import common
-from equipoise.stages.methods import Method, MethodPoint, parents_of_points, points_of
+from equipoise.stages.methods import Method, MethodPoint, Weights, parents_of_points, points_of
 from equipoise.stages.steering import sampler_of
-from equipoise.types import Prompt, UserError
+from equipoise.stages.workers import LOGS, each_once, run_workers
+from equipoise.types import Prompt, Request, Rollout, Sampler, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +62,13 @@ class Compare:
     """Prompts shown with their responses."""
     trust_remote_code: bool = False
     """Run code that comes with a model."""
-    from_end: bool = field(default=False, metadata=EXECUTION)
-    """Begin with the last point. A second process with this, on the same folder, meets the first one halfway."""
+    workers: int = field(default=1, metadata=EXECUTION)
+    """Processes that share the points, each with the model; a second command on the same folder joins in too."""
 
     def __post_init__(self) -> None:
         if not self.methods:
             raise UserError("there is nothing to compare: name at least one method, as in recipes/compare.yaml")
-        common.check_counts(samples=self.samples, reference_samples=self.reference_samples)
+        common.check_counts(samples=self.samples, reference_samples=self.reference_samples, workers=self.workers)
         most = max((*self.best_of, 1))
         if most > self.reference_samples:
             raise UserError(f"best-of-{most} needs reference_samples of at least {most}, not {self.reference_samples}")
@@ -77,33 +79,108 @@ class Compare:
 def compare(config: Compare) -> Path:
     """Run what is missing, evaluate, draw, and return the page."""
     from equipoise.data.prompts import prompts_file
-    from equipoise.evaluation.sweep import sweep_point
-    from equipoise.rewards import artefacts, load_rewards, parse_name
+    from equipoise.rewards import artefacts
+
+    job = _job(config)
+    parents = {"prompts": prompts_file(config.prompts)} | {str(file): file for file in artefacts([*config.rewards, *config.judges])}
+    for name, points in job.plan.items():
+        parents |= parents_of_points(name, points)
+    with stage(config.out, "compare", common.settings_of(config), parents) as run:
+        if not run.done:
+            title = f"sampling {len(job.todo)} points on {len(job.prompts)} prompts"
+            with bar(title, len(job.prompts) * sum(count for *_, count in job.todo)) as advance:
+                if config.workers > 1:
+                    say(f"{config.workers} workers, whose logs are in {config.out / LOGS}")
+                    run_workers(config.workers, config.out / LOGS, _worker, [config], _Counted(config.out, advance))
+                else:
+                    _sample(config, job, advance)
+            run.outputs = sorted(path for place in map(job.place, job.todo) for path in place.glob("*/*.parquet"))
+    return _evaluate(config, job)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a config asks for, before anything is loaded."""
+
+    out: Path
+    grid: list[Weights]
+    plan: dict[str, list[MethodPoint]]
+    prompts: list[Prompt]
+    todo: list[tuple[str, MethodPoint | None, int]]
+    """(method, point, samples per prompt), the reference first."""
+
+    def place(self, entry: tuple[str, MethodPoint | None, int]) -> Path:
+        """Where a point's files lie."""
+        from equipoise.evaluation.sweep import point_folder
+
+        name, point, _ = entry
+        return point_folder(self.out, name, point.weights if point else None)
+
+
+def _job(config: Compare) -> _Job:
+    from equipoise.rewards import parse_name
 
     objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
     grid, settings = _grid(config, objectives), common.settings_of(config)
     plan = {name: points_of(name, method, objectives, grid, settings) for name, method in config.methods.items()}
-    prompts = common.prompts_of(config.prompts, config.split, config.limit)
-    parents = {"prompts": prompts_file(config.prompts)} | {str(file): file for file in artefacts([*config.rewards, *config.judges])}
-    for name, points in plan.items():
-        parents |= parents_of_points(name, points)
-    with stage(config.out, "compare", settings, parents) as run:
-        if not run.done:
-            lm = common.model_of(config.model, config.trust_remote_code)
-            rewards = load_rewards([*config.rewards, *config.judges], lm)
-            todo: list[tuple[str, MethodPoint | None, int]] = [("reference", None, config.reference_samples)]
-            todo += [(name, point, config.samples) for name, points in plan.items() for point in points]
-            with bar(f"sampling {len(todo)} points on {len(prompts)} prompts", len(prompts) * sum(n for *_, n in todo)) as advance:
-                for name, at, count in reversed(todo) if config.from_end else todo:
-                    sampler = sampler_of(lm, at.sampled, at.steering) if at else sampler_of(lm, settings, None)
-                    weights, size = at.weights if at else None, config.sampling.batch_size
-                    point = sweep_point(run.folder, name, sampler, weights, prompts, count, config.seed, rewards, size, sampled=advance)
-                    run.outputs += (run.folder / point.source).glob("*/*.parquet")
-            run.outputs.sort()
-    return _evaluate(config, plan, grid, prompts)
+    todo: list[tuple[str, MethodPoint | None, int]] = [("reference", None, config.reference_samples)]
+    todo += [(name, point, config.samples) for name, points in plan.items() for point in points]
+    return _Job(config.out, grid, plan, common.prompts_of(config.prompts, config.split, config.limit), todo)
 
 
-def _grid(config: Compare, objectives: tuple[str, ...]) -> list[tuple[float, ...]]:
+def _worker(config: Compare) -> None:
+    """What a process of its own does: like every other one, the points that are left."""
+    _sample(config, _job(config), lambda count: None)
+
+
+def _sample(config: Compare, job: _Job, advance: Callable[[int], None]) -> None:
+    """Sample and score every point that no other process is at."""
+    from equipoise.evaluation.sweep import sweep_point
+    from equipoise.rewards import load_rewards
+
+    lm, settings = common.model_of(config.model, config.trust_remote_code), common.settings_of(config)
+    rewards = load_rewards([*config.rewards, *config.judges], lm)
+
+    def work(entry: tuple[str, MethodPoint | None, int]) -> None:
+        name, at, count = entry
+        sampler = _Late(lambda: sampler_of(lm, at.sampled, at.steering) if at else sampler_of(lm, settings, None))
+        weights, size = at.weights if at else None, config.sampling.batch_size
+        sweep_point(config.out, name, sampler, weights, job.prompts, count, config.seed, rewards, size, sampled=advance)
+
+    each_once(job.todo, job.place, work)
+
+
+class _Late:
+    """A sampler that is made when it is first asked: for a point that is finished, nothing is loaded."""
+
+    def __init__(self, make: Callable[[], Sampler]) -> None:
+        self._made = cache(make)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return self._made().objectives
+
+    def __call__(self, requests: Sequence[Request]) -> list[Rollout]:
+        return self._made()(requests)
+
+
+class _Counted:
+    """Tells a bar of the rollouts that other processes have written since it was last called."""
+
+    def __init__(self, folder: Path, advance: Callable[[int], None]) -> None:
+        self.folder, self.advance = folder, advance
+        self.seen: set[Path] = set()
+
+    def __call__(self) -> None:
+        from pyarrow.parquet import read_metadata
+
+        fresh = set(self.folder.glob("*/*/rollouts/*.parquet")) - self.seen
+        self.seen |= fresh
+        if fresh:
+            self.advance(sum(read_metadata(path).num_rows for path in fresh))
+
+
+def _grid(config: Compare, objectives: tuple[str, ...]) -> list[Weights]:
     """The weight vectors of best-of-n and of methods without their own. Raises `UserError` for one that is none, or given twice."""
     from equipoise.objectives import parse_weights, simplex_grid
 
@@ -116,9 +193,7 @@ def _grid(config: Compare, objectives: tuple[str, ...]) -> list[tuple[float, ...
     return found
 
 
-def _evaluate(
-    config: Compare, plan: Mapping[str, Sequence[MethodPoint]], grid: Sequence[tuple[float, ...]], prompts: Sequence[Prompt]
-) -> Path:
+def _evaluate(config: Compare, job: _Job) -> Path:
     from equipoise.evaluation.comparison import comparison_of
     from equipoise.evaluation.figures import front_figure
     from equipoise.evaluation.log import response_table, write_table
@@ -129,12 +204,12 @@ def _evaluate(
 
     manifest = manifest_of(config.out, "compare")
     objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
-    weights = {name: [point.weights for point in points] for name, points in plan.items()}
-    measured = {name for name, points in plan.items() if all(point.steering.way.reference_measures for point in points)}
+    weights = {name: [point.weights for point in points] for name, points in job.plan.items()}
+    measured = {name for name, points in job.plan.items() if all(point.steering.way.reference_measures for point in points)}
     # An end of a method is set beside best-of-n at the same end, which weights of one's own may leave out.
     ends = dict.fromkeys(w for found in weights.values() for w in found if max(w) == 1.0)
-    grid = [*grid, *(end for end in ends if end not in grid)]
-    result = comparison_of(config.out, objectives, {p.id: p for p in prompts}, weights, grid, manifest["config"], measured)
+    grid = [*job.grid, *(end for end in ends if end not in job.grid)]
+    result = comparison_of(config.out, objectives, {p.id: p for p in job.prompts}, weights, grid, manifest["config"], measured)
     result |= {"model": config.model, "settings": manifest["config"], "versions": manifest["versions"], "facts": manifest["facts"]}
     result["files"] = [
         {"path": str(config.out / name), "sha256": digest, "what": "compare"} for name, digest in manifest["outputs"].items()
