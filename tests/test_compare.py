@@ -16,14 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from chat_server import fenced, longer_wins, serving
 from conftest import FOLDER_WORDS, build_llama
-from equipoise.cli import main
+from equipoise.cli import Run, main, run_lines
 from equipoise.data.prompts import load_prompts
 from equipoise.data.splits import opening
 from equipoise.evaluation.sweep import read_point
 from equipoise.rollouts import read_rollouts
 from equipoise.runs import read_json
-from equipoise.stages.workers import claimed, each_once
+from equipoise.stages.winning import judged_points
+from equipoise.stages.workers import claimed, each_once, run_workers
+from equipoise.types import UserError
 from small_pipeline import REWARDS, write_prompts
 from test_resume import PRELOAD, SERVER, tortured
 
@@ -240,14 +243,61 @@ def test_pieces_that_others_hold_are_come_back_to(tmp_path):
     assert done == [0, 2, 1]
 
 
-def test_where_no_worker_reaches_the_end_one_line_says_why(tiny_folder, asked, tmp_path, capsys):
-    words = command(tmp_path / "out", tiny_folder, asked, "--workers", "2", "--sampling.top_k", "5000")
-    assert main(words) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("equipoise: ")]
-    assert len(said) == 1
-    assert "ended with exit code 2 (top_k=5000 is more than the" in said[0]
-    assert "worker-1.log" in said[0]
-    assert "run the same command again" in said[0]
+def test_where_no_worker_reaches_the_end_one_line_says_why(tmp_path):
+    with pytest.raises(UserError) as caught:
+        run_workers(2, tmp_path / "logs", run_lines, [Run(commands=tmp_path / "none")], lambda: None)
+    assert "ended with exit code 2 (can't read commands from" in str(caught.value)
+    assert str(tmp_path / "logs" / "worker-") in str(caught.value)
+    assert "run the same command again" in str(caught.value)
+
+
+def test_a_judge_sets_ends_and_middle_beside_the_reference(tiny_folder, asked, tmp_path, capsys):
+    down, unread = True, "brief"
+
+    def answer(question, number):
+        if down and number >= 7:
+            return 401, {}, "{}"
+        return "I can't say" if "no padding" in question and fenced(question)["CONVERSATION"] == hard else longer_wins(question, number)
+
+    hard = load_prompts(str(asked))[2].text  # a test prompt, on which the judge of brevity fails
+    with serving(answer) as server:
+        words = [*command(tmp_path / "out", tiny_folder, asked), "--each_best_of", "[]", "--judge.engine", f"m@{server.url}"]
+        words += ["--judge.rubrics", f"[{unread}=concise]", "--judge.cache", str(tmp_path / "cache")]
+        words += ["--judge.calls.retries", "0", "--judge.calls.concurrency", "1"]
+        assert main(words) == 2
+        assert "are kept: mend it and run again" in capsys.readouterr().err
+        assert not (tmp_path / "out" / "evaluation.json").exists()
+        down, before = False, len(server.requests)
+        assert main(words) == 0
+        once = server.asked
+        assert main(words) == 0  # finished: nobody is asked again
+        assert server.asked == once
+    found = read_json(tmp_path / "out" / "evaluation.json")["win_rates"]
+    assert [(row["method"], row["objective"], row["rubric"], row["weights"]) for row in found["rows"]] == [
+        ("contrast", "brief", "concise", [1, 0]),
+        ("contrast", "mixed", "overall", [0.5, 0.5]),
+    ]  # nothing in rubrics is called diverse
+    first = {r.prompt_id: r.text for r in reversed(read_point(tmp_path / "out", "reference", None).rollouts)}
+    for row in found["rows"]:
+        texts = {r.prompt_id: r.text for r in reversed(read_point(tmp_path / "out", "contrast", tuple(row["weights"])).rollouts)}
+        lost = {"t02"} if row["objective"] == "brief" else set()
+        wins = [1.0 * (len(texts[p]) > len(first[p])) + 0.5 * (len(texts[p]) == len(first[p])) for p in texts if p not in lost]
+        assert row["win_rate"] == pytest.approx(np.mean(wins))
+        assert (row["n_pairs"], row["n_judged"], row["n_unparsed"], row["n_failed"]) == (6, 6 - len(lost), 2 * len(lost), 0)
+        assert row["agreement"] == 1
+        assert row["lo"] <= row["win_rate"] <= row["hi"]
+    # Seven questions were answered before the key was refused, and not asked again.
+    assert not set(once[:7]) & set(once[before:]) - {q for q in once if fenced(q)["CONVERSATION"] == hard}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Win rates before a judge" in page
+    assert f"m@{server.url}" in page
+
+
+def test_which_points_are_judged():
+    names = ("a", "b", "c")
+    points = [(1.0, 0.0, 0.0), (0.5, 0.5, 0.0), (0.2, 0.4, 0.4), (0.0, 0.0, 1.0)]
+    assert judged_points(points, names) == {"a": points[0], "c": points[3], "mixed": points[2]}
+    assert judged_points(points[:1], names) == {"a": points[0]}  # one trained at an end has no middle
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +349,10 @@ def test_policies_stand_where_they_were_trained(policies, tiny_folder, asked, tm
         ({"m": METHODS["contrast"] | {"weights": ["1,0", "brief=1"]}}, [], "points 1 and 2 are both at brief=1 diverse=0"),
         ({"m": {"palettes": ["x"], "beta": 0.5, "weights": ["1,0"]}}, [], "leave beta, weights away"),
         ({"m": METHODS["contrast"] | {"palette_n": 3}}, [], "palette_n=3 is read beside palettes alone"),
+        (METHODS, ["--judge.engine", "m@http://localhost:1", "--judge.rubrics", "[brief=short]"], "no rubric for the objective 'short'"),
+        (METHODS, ["--judge.engine", "m@http://localhost:1", "--judge.rubrics", "[odd=helpful]"], "judge.rubrics names odd"),
+        (METHODS, ["--judge.engine", "m@http://localhost:1", "--judge.mixed", ""], "none of brief, diverse has a rubric"),
+        (METHODS, ["--workers", "0"], "workers must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(methods, more, says, tiny_folder, asked, tmp_path, capsys):

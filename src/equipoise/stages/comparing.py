@@ -9,12 +9,15 @@ from pathlib import Path
 
 from equipoise.models.generation import Sampling
 from equipoise.progress import bar, say
-from equipoise.runs import EXECUTION, stage, write_json, write_text
+from equipoise.runs import EXECUTION, read_json, stage, write_json, write_text
 from equipoise.stages import common
 from equipoise.stages.methods import Method, MethodPoint, Weights, parents_of_points, points_of
 from equipoise.stages.steering import sampler_of
+from equipoise.stages.winning import WinRates, rubrics_of, win_rates
 from equipoise.stages.workers import LOGS, each_once, run_workers
 from equipoise.types import Prompt, Request, Rollout, Sampler, UserError
+
+_JUDGED = "win_rates.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,8 @@ class Compare:
     """The objectives, in the order of every method's weights."""
     judges: tuple[str, ...] = ("judge_helpful", "judge_harmless")
     """Scorers that nothing was trained on, for the report."""
+    judge: WinRates = field(default_factory=WinRates)
+    """A chat model that says which response is better, each method's or the reference's."""
     best_of: tuple[int, ...] = (2, 4, 8)
     """n of best-of-n over the reference's samples."""
     each_best_of: tuple[int, ...] = ()
@@ -82,6 +87,7 @@ def compare(config: Compare) -> Path:
     from equipoise.rewards import artefacts
 
     job = _job(config)
+    rubrics_of(config.judge, job.objectives)  # what is wrong with them is said before hours of sampling
     parents = {"prompts": prompts_file(config.prompts)} | {str(file): file for file in artefacts([*config.rewards, *config.judges])}
     for name, points in job.plan.items():
         parents |= parents_of_points(name, points)
@@ -94,7 +100,8 @@ def compare(config: Compare) -> Path:
                     run_workers(config.workers, config.out / LOGS, _worker, [config], _Counted(config.out, advance))
                 else:
                     _sample(config, job, advance)
-            run.outputs = sorted(path for place in map(job.place, job.todo) for path in place.glob("*/*.parquet"))
+            judged = _judged(config, job)
+            run.outputs = judged + sorted(path for place in map(job.place, job.todo) for path in place.glob("*/*.parquet"))
     return _evaluate(config, job)
 
 
@@ -103,6 +110,7 @@ class _Job:
     """What a config asks for, before anything is loaded."""
 
     out: Path
+    objectives: tuple[str, ...]
     grid: list[Weights]
     plan: dict[str, list[MethodPoint]]
     prompts: list[Prompt]
@@ -125,7 +133,7 @@ def _job(config: Compare) -> _Job:
     plan = {name: points_of(name, method, objectives, grid, settings) for name, method in config.methods.items()}
     todo: list[tuple[str, MethodPoint | None, int]] = [("reference", None, config.reference_samples)]
     todo += [(name, point, config.samples) for name, points in plan.items() for point in points]
-    return _Job(config.out, grid, plan, common.prompts_of(config.prompts, config.split, config.limit), todo)
+    return _Job(config.out, objectives, grid, plan, common.prompts_of(config.prompts, config.split, config.limit), todo)
 
 
 def _worker(config: Compare) -> None:
@@ -180,6 +188,17 @@ class _Counted:
             self.advance(sum(read_metadata(path).num_rows for path in fresh))
 
 
+def _judged(config: Compare, job: _Job) -> list[Path]:
+    """The file of the win rates, if there is a judge."""
+    if not config.judge.engine:
+        return []
+    lm = common.model_of(config.model, config.trust_remote_code) if config.judge.engine == f"local:{config.model}" else None
+    weights = {name: [point.weights for point in points] for name, points in job.plan.items()}
+    found = win_rates(config.judge, config.out, job.objectives, weights, job.prompts, config.n_boot, config.seed, lm)
+    write_json(config.out / _JUDGED, found)
+    return [config.out / _JUDGED]
+
+
 def _grid(config: Compare, objectives: tuple[str, ...]) -> list[Weights]:
     """The weight vectors of best-of-n and of methods without their own. Raises `UserError` for one that is none, or given twice."""
     from equipoise.objectives import parse_weights, simplex_grid
@@ -199,21 +218,21 @@ def _evaluate(config: Compare, job: _Job) -> Path:
     from equipoise.evaluation.log import response_table, write_table
     from equipoise.evaluation.report import render_report
     from equipoise.evaluation.sweep import read_point
-    from equipoise.rewards import parse_name
     from equipoise.runs import manifest_of
 
     manifest = manifest_of(config.out, "compare")
-    objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
     weights = {name: [point.weights for point in points] for name, points in job.plan.items()}
     measured = {name for name, points in job.plan.items() if all(point.steering.way.reference_measures for point in points)}
     # An end of a method is set beside best-of-n at the same end, which weights of one's own may leave out.
     ends = dict.fromkeys(w for found in weights.values() for w in found if max(w) == 1.0)
     grid = [*job.grid, *(end for end in ends if end not in job.grid)]
-    result = comparison_of(config.out, objectives, {p.id: p for p in job.prompts}, weights, grid, manifest["config"], measured)
+    result = comparison_of(config.out, job.objectives, {p.id: p for p in job.prompts}, weights, grid, manifest["config"], measured)
     result |= {"model": config.model, "settings": manifest["config"], "versions": manifest["versions"], "facts": manifest["facts"]}
     result["files"] = [
         {"path": str(config.out / name), "sha256": digest, "what": "compare"} for name, digest in manifest["outputs"].items()
     ]
+    if config.judge.engine:
+        result["win_rates"] = read_json(config.out / _JUDGED)
     write_json(config.out / "evaluation.json", result)
     points = [
         read_point(config.out, "reference", None),
@@ -222,6 +241,6 @@ def _evaluate(config: Compare, job: _Job) -> Path:
     write_table(config.out / "responses.parquet", response_table(points))
     page = config.out / "report.html"
     write_text(page, render_report(result))
-    if len(objectives) >= 2:
-        write_text(config.out / "front.svg", front_figure(result, *objectives[:2]))
+    if len(job.objectives) >= 2:
+        write_text(config.out / "front.svg", front_figure(result, *job.objectives[:2]))
     return page
