@@ -23,7 +23,8 @@ from equipoise.data.prompts import load_prompts
 from equipoise.data.splits import opening
 from equipoise.evaluation.sweep import read_point
 from equipoise.rollouts import read_rollouts
-from equipoise.runs import read_json
+from equipoise.runs import file_digest, read_json
+from equipoise.stages.methods import Method, with_recipe
 from equipoise.stages.winning import judged_points
 from equipoise.stages.workers import claimed, each_once, run_workers
 from equipoise.types import UserError
@@ -454,6 +455,33 @@ def test_a_palette_that_cant_be_placed_or_served_is_one_line(name, says, bank, t
 def test_a_palette_of_another_model_is_refused(bank, asked, tmp_path, capsys):
     assert main(command(tmp_path / "out", "elsewhere", asked, methods={"m": {"palettes": [f"{bank}/palette-both"]}})) == 2
     assert "and the comparison is of elsewhere" in capsys.readouterr().err
+
+
+def test_a_method_may_come_from_a_recipe(compared, tiny_folder, asked, tmp_path, capsys):
+    recipe = tmp_path / "contrast.yaml"
+    contrast = METHODS["contrast"]
+    lines = [f"messages: {json.dumps(contrast['messages'])}", "beta: 2.0", "model: another", "samples: 7", "sampling: {top_k: 3}"]
+    recipe.write_text("\n".join([*lines, "weights: brief=0.5,diverse=0.5"]) + "\n")
+    method = with_recipe(Method(recipe=str(recipe), beta=contrast["beta"]))
+    assert method == Method(
+        recipe=str(recipe), messages=tuple(contrast["messages"]), beta=contrast["beta"], weights=("brief=0.5,diverse=0.5",)
+    )
+    out = tmp_path / "out"
+    methods = {"contrast": {"recipe": str(recipe), "beta": contrast["beta"]}}
+    assert main(command(out, tiny_folder, asked, methods=methods)) == 0
+    half = [read_point(folder, "contrast", (0.5, 0.5)).rollouts for folder in (out, compared)]
+    assert half[0] == half[1]  # the comparison's own model, sampling and samples
+    assert read_json(out / "manifest.json")["parents"]["contrast: recipe"] == file_digest(recipe)
+    capsys.readouterr()
+    for text, says in (("mesages: [a]", "mesages"), ("goals: simplex", "draws by goals"), (None, "nowhere.yaml")):
+        bad = tmp_path / ("bad.yaml" if text else "nowhere.yaml")
+        if text:
+            bad.write_text(text + "\n")
+        assert main(command(tmp_path / "bad", tiny_folder, asked, methods={"m": {"recipe": str(bad)}})) == 2
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1
+        assert "method 'm'" in error
+        assert says in error
 
 
 def test_prompts_of_two_sources_in_one_file(asked, tmp_path):

@@ -91,6 +91,7 @@ def compare(config: Compare) -> Path:
     parents = {"prompts": prompts_file(config.prompts)} | {str(file): file for file in artefacts([*config.rewards, *config.judges])}
     for name, points in job.plan.items():
         parents |= parents_of_points(name, points)
+    parents |= {f"{name}: recipe": Path(method.recipe).expanduser() for name, method in config.methods.items() if method.recipe}
     with stage(config.out, "compare", common.settings_of(config), parents) as run:
         if not run.done:
             title = f"sampling {len(job.todo)} points on {len(job.prompts)} prompts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ Weights = tuple[float, ...]
 class Method(Steer):
     """One method of a comparison: what steers it, as `sample` takes it, and where along the trade-off."""
 
+    recipe: str = ""
+    """YAML file of `sample` settings that hold where nothing is said here; model, prompts and the like are the comparison's."""
     weights: tuple[str, ...] = ()
     """Its weight vectors, as helpful=0.7,harmless=0.3 each; empty for the comparison's."""
     policies: tuple[str, ...] = ()
@@ -33,7 +36,7 @@ class Method(Steer):
         if self.policies and (self.weights or self.policy):
             raise UserError("policies bring their own weights: leave weights and policy away")
         if self.palettes:
-            ours = ("palettes", "palette_n")
+            ours = ("recipe", "palettes", "palette_n")
             other = [f.name for f in fields(self) if f.name not in ours and getattr(self, f.name) != getattr(_PLAIN, f.name)]
             if other:
                 raise UserError(f"palettes choose among the reference's responses at weights of their own: leave {', '.join(other)} away")
@@ -67,20 +70,45 @@ def points_of(
     """
     if name == "reference" or "/" in name or name.startswith("."):
         raise UserError(f"{name!r} can't be a method's name: it becomes a folder beside the reference's")
-    asked = method.weights or [",".join(f"{k}={w:.12g}" for k, w in zip(objectives, weights, strict=True)) for weights in grid]
-    shared = {**asdict(method), **{key: settings[key] for key in ("sampling", "trust_remote_code")}}
-    found = []
     try:
-        if method.palettes:
-            sampled = {**shared, "weights": ""}
-            found = [MethodPoint(sampled=sampled, steering=_painted(folder, method, objectives, settings)) for folder in method.palettes]
-        for point in () if found else [{"policy": f, "weights": ""} for f in method.policies] or [{"weights": w} for w in asked]:
-            sampled = {**shared, **point}
-            found.append(MethodPoint(sampled=sampled, steering=_placed(steering_of(sampled), objectives)))
-        _refuse_twice(objectives, [point.weights for point in found])
+        return _points(with_recipe(method), objectives, grid, settings)
     except UserError as error:
         raise UserError(f"method {name!r}: {error}") from None
+
+
+def _points(method: Method, objectives: tuple[str, ...], grid: Sequence[Weights], settings: Mapping[str, Any]) -> list[MethodPoint]:
+    asked = method.weights or [",".join(f"{k}={w:.12g}" for k, w in zip(objectives, weights, strict=True)) for weights in grid]
+    shared = {**asdict(method), **{key: settings[key] for key in ("sampling", "trust_remote_code")}}
+    if method.palettes:
+        sampled = {**shared, "weights": ""}
+        found = [MethodPoint(sampled=sampled, steering=_painted(folder, method, objectives, settings)) for folder in method.palettes]
+    else:
+        each = [{"policy": folder, "weights": ""} for folder in method.policies] or [{"weights": weights} for weights in asked]
+        found = [MethodPoint(sampled=s, steering=_placed(steering_of(s), objectives)) for s in ({**shared, **point} for point in each)]
+    _refuse_twice(objectives, [point.weights for point in found])
     return found
+
+
+def with_recipe(method: Method) -> Method:
+    """The method with the settings of its recipe, but for those that it says itself. Raises `UserError` naming what can't be read."""
+    from jsonargparse import ArgumentParser
+
+    from equipoise.stages.sampling import Sample
+
+    if not method.recipe:
+        return method
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Sample, None, skip={"out"})
+    try:
+        found = dict(parser.instantiate(parser.parse_path(Path(method.recipe).expanduser())).items())
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"can't read the recipe {method.recipe}: {' '.join(str(error).split())}") from None
+    if found["goals"] or found["upstream"].source:
+        raise UserError(f"the recipe {method.recipe} draws by goals or from a server, which a comparison doesn't")
+    weights = (found["weights"],) if found["weights"] else ()
+    said = {f.name: found[f.name] for f in fields(Steer)} | {"choice": found["choice"], "weights": weights}
+    own = {f.name: getattr(method, f.name) for f in fields(Method) if getattr(method, f.name) != getattr(_PLAIN, f.name)}
+    return Method(**{**said, **own})
 
 
 def _painted(folder: str, method: Method, objectives: tuple[str, ...], settings: Mapping[str, Any]) -> Steering:
