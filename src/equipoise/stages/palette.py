@@ -232,6 +232,10 @@ def solved(folder: Path) -> dict[str, Any]:
     return record | {"folder": str(folder)}
 
 
+_SLACK = 1e-6
+"""Share of all pull below which an objective's is the solver's rounding."""
+
+
 def palette_way(folder: Path, objectives: tuple[str, ...], n: int, model: str) -> Way:
     """A solved palette over the reference as one point of a comparison: j ~ softmax(v . R_j) among n candidates of a prompt.
 
@@ -258,11 +262,11 @@ def palette_way(folder: Path, objectives: tuple[str, ...], n: int, model: str) -
         raise UserError(f"{folder} says no number of candidates: set palette_n, or solve it with --dual grouped")
     strength = {name: v[name] * record["sd"][name] for name in v}
     total = sum(abs(s) for s in strength.values())
-    less = [name for name, s in strength.items() if s < -1e-6 * total]
+    less = [name for name, s in strength.items() if s < -_SLACK * total]
     if less or not total:
         why = f"{less[0]} has the multiplier {v[less[0]]:.3g}" if less else "all its multipliers are 0"
         raise UserError(f"{folder} has no place among weights of at least 0: {why}")
-    positive = {name: max(s, 0.0) for name, s in strength.items()}
+    pull = {name: s for name, s in strength.items() if s > _SLACK * total}
     scorers = [entry for entry in record["serve"]["score"]["rewards"] if parse_name(entry)[0] in v]
 
     def over(lm: LanguageModel, inner: Sampler) -> Sampler:
@@ -273,7 +277,7 @@ def palette_way(folder: Path, objectives: tuple[str, ...], n: int, model: str) -
         objectives=objectives,
         parents={f"palette {folder}": folder / "palette.json"} | {f"palette {folder}: {file}": file for file in artefacts(scorers)},
         guide=lambda lm: None,
-        fixed=tuple(positive.get(name, 0.0) / sum(positive.values()) for name in objectives),
+        fixed=tuple(pull.get(name, 0.0) / sum(pull.values()) for name in objectives),
         over=over,
     )
 
