@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from chat_server import fenced, longer_wins, serving
 from conftest import FOLDER_WORDS, build_llama
-from equipoise.cli import main
+from equipoise.cli import Run, main, run_lines
 from equipoise.data.prompts import load_prompts
 from equipoise.data.splits import opening
 from equipoise.evaluation.sweep import read_point
 from equipoise.rollouts import read_rollouts
-from equipoise.runs import read_json
+from equipoise.runs import file_digest, read_json
+from equipoise.stages.methods import Method, with_recipe
+from equipoise.stages.winning import judged_points
+from equipoise.stages.workers import claimed, each_once, run_workers
+from equipoise.types import UserError
 from small_pipeline import REWARDS, write_prompts
+from test_resume import PRELOAD, SERVER, tortured
 
 METHODS = {"contrast": {"messages": ["brief=be good|be bad", "diverse=help people , please"], "beta": 0.5}}
 SETTINGS = ["--sampling.max_new_tokens", "10", "--sampling.top_k", "12", "--sampling.batch_size", "4"]
@@ -132,10 +145,160 @@ def test_it_continues_where_it_was_killed(compared, tiny_folder, asked, capsys):
     lost = sorted((compared / "contrast").glob("*/rollouts/*.parquet"))[-1]
     kept = read_rollouts(lost.parent)
     lost.unlink()
-    assert main(command(compared, tiny_folder, asked, "--from_end")) == 0
+    assert main(command(compared, tiny_folder, asked)) == 0
     assert read_rollouts(lost.parent) == kept
     again = read_json(compared / "evaluation.json")
     assert [p | {"tokens_per_s": 0} for p in again["points"]] == [p | {"tokens_per_s": 0} for p in before["points"]]
+
+
+def statistics(folder):
+    """All of an evaluation but how long things took, and the digests of files that say so."""
+
+    def kept(value):
+        if isinstance(value, dict):
+            return {k: kept(v) for k, v in value.items() if k not in ("tokens_per_s", "seconds", "peak_memory", "files")}
+        return [kept(v) for v in value] if isinstance(value, list) else value
+
+    return kept(read_json(folder / "evaluation.json"))
+
+
+def assert_same_comparison(one, other):
+    assert statistics(one) == statistics(other)
+    rows = [repr(pq.read_table(folder / "responses.parquet").to_pylist()) for folder in (one, other)]  # NaN isn't equal to itself
+    assert rows[0] == rows[1]
+
+
+def test_killed_at_random_and_run_again_it_gives_the_same_table(compared, tiny_folder, asked, tmp_path):
+    SERVER.set_forkserver_preload(PRELOAD)
+    out = tmp_path / "out"
+    assert tortured(command(out, tiny_folder, asked), out, seed=3, writes=20) >= 4
+    assert_same_comparison(out, compared)
+
+
+def claims(out):
+    """Of each worker, by its process: which point it has claimed."""
+    found = {}
+    for log in sorted((out / ".workers").glob("*.log")):
+        said = log.read_text().split()
+        with contextlib.suppress(OSError, IndexError):
+            open_files = [os.readlink(link) for link in Path(f"/proc/{said[1]}/fd").iterdir()]
+            found |= {int(said[1]): str(Path(name).parent) for name in open_files if name.endswith(".claim")}
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads from /proc which process is at a point")
+def test_workers_share_the_points_and_what_a_killed_one_leaves(compared, tiny_folder, asked, tmp_path):
+    out, said = tmp_path / "out", tmp_path / "said"
+    words = [sys.executable, "-m", "equipoise.cli", *command(out, tiny_folder, asked), "--workers", "2"]
+
+    def start():
+        with open(said, "w") as handle:
+            return subprocess.Popen(words, stderr=handle, stdout=handle)
+
+    def wait_for_claims(parent):
+        while not (at := claims(out)):
+            assert parent.poll() is None, said.read_text()
+            time.sleep(0.002)
+        return at
+
+    parent = start()
+    first = wait_for_claims(parent)
+    parent.kill()  # and its workers end with it, so that nobody holds a point
+    parent.wait(60)
+    assert not (out / "manifest.json").exists()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in first) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [pid for pid in first if Path(f"/proc/{pid}").exists()]
+    for log in (out / ".workers").glob("*.log"):
+        log.unlink()
+    parent = start()
+    victim = next(iter(wait_for_claims(parent)))
+    os.kill(victim, signal.SIGKILL)
+    assert parent.wait(240) == 0, said.read_text()
+    dead = [line for line in said.read_text().splitlines() if "ended with exit code" in line]
+    assert len(dead) == 1
+    assert "exit code -9" in dead[0]
+    assert str(out / ".workers" / "worker-") in dead[0]
+    assert_same_comparison(out, compared)
+
+
+def test_no_two_processes_have_a_claim(tmp_path):
+    with claimed(tmp_path / "a") as mine, claimed(tmp_path / "a") as again, claimed(tmp_path / "b") as other:
+        assert (mine, again, other) == (True, False, True)
+    with claimed(tmp_path / "a") as freed:
+        assert freed
+
+
+def test_pieces_that_others_hold_are_come_back_to(tmp_path):
+    done = []
+    holder = claimed(tmp_path / "1")
+    holder.__enter__()
+
+    def work(piece):
+        done.append(piece)
+        if piece == 2:
+            holder.__exit__(None, None, None)
+
+    each_once([0, 1, 2], lambda piece: tmp_path / str(piece), work)
+    assert done == [0, 2, 1]
+
+
+def test_where_no_worker_reaches_the_end_one_line_says_why(tmp_path):
+    with pytest.raises(UserError) as caught:
+        run_workers(2, tmp_path / "logs", run_lines, [Run(commands=tmp_path / "none")], lambda: None)
+    assert "ended with exit code 2 (can't read commands from" in str(caught.value)
+    assert str(tmp_path / "logs" / "worker-") in str(caught.value)
+    assert "run the same command again" in str(caught.value)
+
+
+def test_a_judge_sets_ends_and_middle_beside_the_reference(tiny_folder, asked, tmp_path, capsys):
+    down, unread = True, "brief"
+
+    def answer(question, number):
+        if down and number >= 7:
+            return 401, {}, "{}"
+        return "I can't say" if "no padding" in question and fenced(question)["CONVERSATION"] == hard else longer_wins(question, number)
+
+    hard = load_prompts(str(asked))[2].text  # a test prompt, on which the judge of brevity fails
+    with serving(answer) as server:
+        words = [*command(tmp_path / "out", tiny_folder, asked), "--each_best_of", "[]", "--judge.engine", f"m@{server.url}"]
+        words += ["--judge.rubrics", f"[{unread}=concise]", "--judge.cache", str(tmp_path / "cache")]
+        words += ["--judge.calls.retries", "0", "--judge.calls.concurrency", "1"]
+        assert main(words) == 2
+        assert "are kept: mend it and run again" in capsys.readouterr().err
+        assert not (tmp_path / "out" / "evaluation.json").exists()
+        down, before = False, len(server.requests)
+        assert main(words) == 0
+        once = server.asked
+        assert main(words) == 0  # finished: nobody is asked again
+        assert server.asked == once
+    found = read_json(tmp_path / "out" / "evaluation.json")["win_rates"]
+    assert [(row["method"], row["objective"], row["rubric"], row["weights"]) for row in found["rows"]] == [
+        ("contrast", "brief", "concise", [1, 0]),
+        ("contrast", "mixed", "overall", [0.5, 0.5]),
+    ]  # nothing in rubrics is called diverse
+    first = {r.prompt_id: r.text for r in reversed(read_point(tmp_path / "out", "reference", None).rollouts)}
+    for row in found["rows"]:
+        texts = {r.prompt_id: r.text for r in reversed(read_point(tmp_path / "out", "contrast", tuple(row["weights"])).rollouts)}
+        lost = {"t02"} if row["objective"] == "brief" else set()
+        wins = [1.0 * (len(texts[p]) > len(first[p])) + 0.5 * (len(texts[p]) == len(first[p])) for p in texts if p not in lost]
+        assert row["win_rate"] == pytest.approx(np.mean(wins))
+        assert (row["n_pairs"], row["n_judged"], row["n_unparsed"], row["n_failed"]) == (6, 6 - len(lost), 2 * len(lost), 0)
+        assert row["agreement"] == 1
+        assert row["lo"] <= row["win_rate"] <= row["hi"]
+    # Seven questions were answered before the key was refused, and not asked again.
+    assert not set(once[:7]) & set(once[before:]) - {q for q in once if fenced(q)["CONVERSATION"] == hard}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Win rates before a judge" in page
+    assert f"m@{server.url}" in page
+
+
+def test_which_points_are_judged():
+    names = ("a", "b", "c")
+    points = [(1.0, 0.0, 0.0), (0.5, 0.5, 0.0), (0.2, 0.4, 0.4), (0.0, 0.0, 1.0)]
+    assert judged_points(points, names) == {"a": points[0], "c": points[3], "mixed": points[2]}
+    assert judged_points(points[:1], names) == {"a": points[0]}  # one trained at an end has no middle
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +332,7 @@ def test_policies_stand_where_they_were_trained(policies, tiny_folder, asked, tm
         rollouts = read_point(tmp_path / "out", "trained", tuple(point["weights"])).rollouts
         assert point["cost"] == pytest.approx(np.mean([r.guide_forwards for r in rollouts]) / plain)
     assert main(command(tmp_path / "odd", tiny_folder, asked, methods={"m": {"policies": [f"{policies}/odd"]}})) == 2
-    assert "'m' is steered by odd" in capsys.readouterr().err
+    assert "'m': steered by odd" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -181,6 +344,16 @@ def test_policies_stand_where_they_were_trained(policies, tiny_folder, asked, tm
         (METHODS, ["--best_of", "[2,8]"], "reference_samples of at least 8"),
         (METHODS, ["--each_best_of", "[3]"], "samples of at least as many"),
         ({"m": {"mesages": ["brief=a"]}}, [], "mesages"),
+        (METHODS, ["--weights", '["0.5,0.6"]'], "sum to 1.1, not 1"),
+        (METHODS, ["--weights", '["brief=0.5,funny=0.5"]'], "unknown objective 'funny'"),
+        (METHODS, ["--weights", '["0.5,0.5", "diverse=0.5,brief=0.5"]'], "'diverse=0.5,brief=0.5' are there twice"),
+        ({"m": METHODS["contrast"] | {"weights": ["1,0", "brief=1"]}}, [], "points 1 and 2 are both at brief=1 diverse=0"),
+        ({"m": {"palettes": ["x"], "beta": 0.5, "weights": ["1,0"]}}, [], "leave beta, weights away"),
+        ({"m": METHODS["contrast"] | {"palette_n": 3}}, [], "palette_n=3 is read beside palettes alone"),
+        (METHODS, ["--judge.engine", "m@http://localhost:1", "--judge.rubrics", "[brief=short]"], "no rubric for the objective 'short'"),
+        (METHODS, ["--judge.engine", "m@http://localhost:1", "--judge.rubrics", "[odd=helpful]"], "judge.rubrics names odd"),
+        (METHODS, ["--judge.engine", "m@http://localhost:1", "--judge.mixed", ""], "none of brief, diverse has a rubric"),
+        (METHODS, ["--workers", "0"], "workers must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(methods, more, says, tiny_folder, asked, tmp_path, capsys):
@@ -188,6 +361,127 @@ def test_bad_input_is_one_line_that_names_it(methods, more, says, tiny_folder, a
     error = capsys.readouterr().err.strip()
     assert says in error
     assert len(error.splitlines()) == 1
+
+
+def test_weights_take_the_place_of_the_grid_but_not_of_a_methods_own(tiny_folder, asked, tmp_path):
+    methods = {"grid": METHODS["contrast"], "own": METHODS["contrast"] | {"weights": ["1,0", "0.1,0.9"]}}
+    asked_for = ["--weights", '["brief=0.25,diverse=0.75", "0.8,0.2"]', "--each_best_of", "[]"]
+    assert main([*command(tmp_path / "out", tiny_folder, asked, methods=methods), *asked_for]) == 0
+    found = read_json(tmp_path / "out" / "evaluation.json")
+    weights = {
+        name: [tuple(p["weights"]) for p in found["points"] if p["method"] == name and p["n_candidates"] in (1, 4)]
+        for name in ("grid", "own", "best-of-n")
+    }
+    # best-of-n comes at the weights that were asked for, and at the one end that a method has, which it is set beside
+    assert weights == {"grid": [(0.25, 0.75), (0.8, 0.2)], "own": [(1, 0), (0.1, 0.9)], "best-of-n": [(0.25, 0.75), (0.8, 0.2), (1, 0)]}
+    assert [(row["ours"], row["objective"]) for row in found["equal_compute"]] == [("own", "brief")]
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_folder, asked):
+    """Scored responses of the reference to the training prompts, and palettes that were solved on them."""
+    out = asked.parent / "bank"
+    sampled = f"sample --out {out} --model {tiny_folder} --prompts {asked} --samples 6".split()
+    assert main([*sampled, *SETTINGS]) == 0
+    assert main(f"score --run {out} --model {tiny_folder} --rewards [readable,{','.join(REWARDS)}]".split()) == 0
+    asks = {
+        "both": (["--n", "3"], "diverse>=+0.2sd brief>=+0.3sd"),
+        "brief": (["--n", "3"], "brief>=+0.4sd"),
+        "pooled": (["--dual", "pooled"], "brief>=+0.3sd diverse>=+0.2sd"),
+        "less": (["--n", "3"], "brief<=-0.3sd"),
+        "other": (["--n", "3"], "readable>=+0.2sd"),
+        "free": (["--n", "3"], "brief>=-1sd"),
+    }
+    for name, (more, ask) in asks.items():
+        assert main([*f"palette --bank {out} --n_boot 0 --out {asked.parent}/palette-{name}".split(), *more, "--ask", ask]) == 0
+    return asked.parent
+
+
+def test_palettes_are_points_where_their_multipliers_pull(bank, tiny_folder, asked, tmp_path):
+    methods = {
+        "palette": {"palettes": [f"{bank}/palette-{name}" for name in ("both", "brief")]},
+        "pooled": {"palettes": [f"{bank}/palette-pooled"], "palette_n": 2},
+    }
+    out = tmp_path / "out"
+    assert main([*command(out, tiny_folder, asked, methods=methods), "--each_best_of", "[]"]) == 0
+    points = {(p["method"], tuple(p["weights"])): p for p in read_json(out / "evaluation.json")["points"] if p["weights"]}
+    solved = {name: read_json(bank / f"palette-{name}" / "palette.json") for name in ("both", "brief", "pooled")}
+    rows = np.array([[row[name] for name in REWARDS] for row in rewards_of(bank / "bank")])
+    scored = dict(zip(REWARDS, rows[np.isfinite(rows).all(axis=1)].T, strict=True))
+    places = {}
+    for name in ("both", "pooled"):
+        pull = {k: solved[name]["multipliers"][k] * scored[k].std() for k in REWARDS}
+        places[name] = tuple(pull[k] / sum(pull.values()) for k in REWARDS)
+    own = [weights for name, weights in points if name == "palette"]
+    assert own == [pytest.approx(places["both"], rel=1e-6), (1.0, 0.0)]
+    assert [weights for name, weights in points if name == "pooled"] == [pytest.approx(places["pooled"], rel=1e-6)]
+    # Each response is one of n candidates, scored on what the palette asks for.
+    for name, n, weights in (("both", 3, own[0]), ("brief", 3, own[1])):
+        rollouts = read_point(out, "palette", weights).rollouts
+        assert {r.reward_calls for r in rollouts} == {n * len(solved[name]["multipliers"])}
+        assert len({r.parent_id.rpartition("#")[2] for r in rollouts}) > 1
+        assert all(0 <= r.kl <= np.log(n) for r in rollouts)
+    facts = read_json(out / "manifest.json")["parents"]
+    assert len([key for key in facts if key.startswith("palette: palette ")]) == 2
+    # softmax(v R) is resampling at beta = 1 / v
+    again = f"sample --out {tmp_path / 'one'} --model {tiny_folder} --prompts {asked} --split test --samples 2 --seed 1".split()
+    choice = {"how": "resampling", "rewards": ["brief"], "n": 3, "beta": 1 / solved["brief"]["multipliers"]["brief"]}
+    assert main([*again, *SETTINGS, "--weights", "brief=1", "--choice", json.dumps(choice)]) == 0
+    drawn = read_rollouts(tmp_path / "one" / "rollouts")
+    assert [r.tokens for r in drawn] == [r.tokens for r in read_point(out, "palette", (1.0, 0.0)).rollouts]
+
+
+def rewards_of(run):
+    return pq.read_table(sorted((run / "rewards").glob("*.parquet"))).to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("less", "has no place among weights of at least 0: brief has the multiplier -"),
+        ("other", "asks for readable; the rewards are brief, diverse"),
+        ("pooled", "says no number of candidates: set palette_n"),
+        ("free", "all its multipliers are 0"),
+        ("none", "no such file"),
+    ],
+)
+def test_a_palette_that_cant_be_placed_or_served_is_one_line(name, says, bank, tiny_folder, asked, tmp_path, capsys):
+    assert main(command(tmp_path / "out", tiny_folder, asked, methods={"m": {"palettes": [f"{bank}/palette-{name}"]}})) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_palette_of_another_model_is_refused(bank, asked, tmp_path, capsys):
+    assert main(command(tmp_path / "out", "elsewhere", asked, methods={"m": {"palettes": [f"{bank}/palette-both"]}})) == 2
+    assert "and the comparison is of elsewhere" in capsys.readouterr().err
+
+
+def test_a_method_may_come_from_a_recipe(compared, tiny_folder, asked, tmp_path, capsys):
+    recipe = tmp_path / "contrast.yaml"
+    contrast = METHODS["contrast"]
+    lines = [f"messages: {json.dumps(contrast['messages'])}", "beta: 2.0", "model: another", "samples: 7", "sampling: {top_k: 3}"]
+    recipe.write_text("\n".join([*lines, "weights: brief=0.5,diverse=0.5"]) + "\n")
+    method = with_recipe(Method(recipe=str(recipe), beta=contrast["beta"]))
+    assert method == Method(
+        recipe=str(recipe), messages=tuple(contrast["messages"]), beta=contrast["beta"], weights=("brief=0.5,diverse=0.5",)
+    )
+    out = tmp_path / "out"
+    methods = {"contrast": {"recipe": str(recipe), "beta": contrast["beta"]}}
+    assert main(command(out, tiny_folder, asked, methods=methods)) == 0
+    half = [read_point(folder, "contrast", (0.5, 0.5)).rollouts for folder in (out, compared)]
+    assert half[0] == half[1]  # the comparison's own model, sampling and samples
+    assert read_json(out / "manifest.json")["parents"]["contrast: recipe"] == file_digest(recipe)
+    capsys.readouterr()
+    for text, says in (("mesages: [a]", "mesages"), ("goals: simplex", "draws by goals"), (None, "nowhere.yaml")):
+        bad = tmp_path / ("bad.yaml" if text else "nowhere.yaml")
+        if text:
+            bad.write_text(text + "\n")
+        assert main(command(tmp_path / "bad", tiny_folder, asked, methods={"m": {"recipe": str(bad)}})) == 2
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1
+        assert "method 'm'" in error
+        assert says in error
 
 
 def test_prompts_of_two_sources_in_one_file(asked, tmp_path):

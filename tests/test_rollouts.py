@@ -6,12 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import prompt
-from equipoise.rollouts import collect, make_requests, read_rollouts, read_shard, request_seed, sampling_seconds, write_rollouts
+from equipoise.memory import begin_peak
+from equipoise.rollouts import (
+    collect,
+    make_requests,
+    read_rollouts,
+    read_shard,
+    request_seed,
+    sampling_peak,
+    sampling_seconds,
+    write_rollouts,
+)
 from equipoise.types import Request, Rollout, UserError
 
 PLAIN = Rollout(
@@ -184,3 +195,29 @@ def test_seeds_depend_on_prompt_and_sample_only():
 def test_seeds_do_not_move_between_versions():
     """printf '0:eq-000/0' | sha256sum, the first eight bytes, little end first, halved."""
     assert request_seed(0, "eq-000/0") == int.from_bytes(bytes.fromhex("0dfff4592bdabd54"), "little") // 2
+
+
+class Greedy(Echo):
+    """Holds as many bytes as the request's prompt id says while it answers."""
+
+    def __call__(self, requests: Sequence[Request]) -> list[Rollout]:
+        held = np.ones(int(requests[0].prompt.id), dtype=np.uint8)  # written to, so that it is there
+        assert held[-1] == 1
+        return super().__call__(requests)
+
+
+def test_a_shard_keeps_the_most_memory_that_its_own_sampling_took(tmp_path):
+    if not begin_peak():
+        pytest.skip("this system can't say how much memory a process took since a point in time")
+    large, small = make_requests([prompt(str(200 * 2**20), "a")], 1, 0), make_requests([prompt("1", "a")], 1, 0)
+    collect(Greedy(), large, tmp_path / "large", 1)
+    collect(Greedy(), small, tmp_path / "small", 1)  # after the large one, whose peak it must not inherit
+    high, low = sampling_peak(tmp_path / "large"), sampling_peak(tmp_path / "small")
+    assert high is not None
+    assert low is not None
+    assert high - low == pytest.approx(200 * 2**20, rel=0.1)
+    collect(Greedy(), large, tmp_path / "large", 1)
+    assert sampling_peak(tmp_path / "large") == high
+    # one shard of an older version, which doesn't say, and nothing is known of the folder
+    write_rollouts(tmp_path / "large" / "part-00001.parquet", [PLAIN], 1.0)
+    assert sampling_peak(tmp_path / "large") is None

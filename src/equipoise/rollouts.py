@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from equipoise.memory import begin_peak, peak_bytes
 from equipoise.runs import write_atomic
 from equipoise.types import Prompt, Request, Rollout, Sampler, UserError
 
@@ -60,15 +61,16 @@ def make_requests(prompts: Sequence[Prompt], samples: int, seed: int, weights: t
     ]
 
 
-def write_rollouts(path: Path, rollouts: Sequence[Rollout], seconds: float = 0.0) -> None:
-    """One Parquet shard, under a temporary name until it is whole; `seconds` is what sampling it took."""
+def write_rollouts(path: Path, rollouts: Sequence[Rollout], seconds: float = 0.0, peak: int | None = None) -> None:
+    """One Parquet shard, under a temporary name until it is whole; it took `seconds` to sample, and `peak` bytes of memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = {name: [getattr(r, name) for r in rollouts] for name in _COLUMNS}
     columns = {name: [list(v) if isinstance(v, tuple) else v for v in values] for name, values in columns.items()}
     table = pa.table(columns, schema=_schema())
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), "seconds": f"{seconds:.4f}"})
+    cost = {"seconds": f"{seconds:.4f}"} | ({} if peak is None else {"peak_bytes": str(peak)})
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **cost})
     write_atomic(path, lambda scratch: pq.write_table(table, scratch, compression="zstd"))
 
 
@@ -122,9 +124,9 @@ def collect(
             if [r.id for r in done] != [r.id for r in part] or [r.seed for r in done] != [r.seed for r in part]:
                 raise UserError(f"{path} holds other requests than this run's; choose another folder or delete it")
         else:
-            begun = time.perf_counter()
+            measured, begun = begin_peak(), time.perf_counter()
             done = sampler(part)
-            write_rollouts(path, done, time.perf_counter() - begun)
+            write_rollouts(path, done, time.perf_counter() - begun, peak_bytes() if measured else None)
         rollouts.extend(done)
         if progress:
             progress(len(done))
@@ -133,6 +135,18 @@ def collect(
 
 def sampling_seconds(folder: Path) -> float:
     """Seconds that the shards of a folder took to sample."""
+    return sum(float(facts.get(b"seconds", b"0")) for facts in _facts(folder))
+
+
+def sampling_peak(folder: Path) -> int | None:
+    """The most bytes of memory that a process held while it sampled a shard of the folder; None where a shard doesn't say."""
+    peaks = [facts.get(b"peak_bytes") for facts in _facts(folder)]
+    known = [int(peak) for peak in peaks if peak is not None]
+    return max(known) if known and len(known) == len(peaks) else None
+
+
+def _facts(folder: Path) -> list[dict[bytes, bytes]]:
+    """What each shard of a folder says of its sampling."""
     import pyarrow.parquet as pq
 
-    return sum(float((pq.read_schema(path).metadata or {}).get(b"seconds", b"0")) for path in folder.glob("*.parquet"))
+    return [pq.read_schema(path).metadata or {} for path in sorted(folder.glob("*.parquet"))]

@@ -13,7 +13,7 @@ Reads: multipliers. Writes: nothing. The weights enter: the choice among samples
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int, Real
@@ -55,7 +55,8 @@ class PaletteSampler:
 
     def __call__(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request. Its forwards are those of all n candidates; its `kl` adds the choice's, at most log n."""
-        candidates = self.inner(candidate_requests(requests, self.n))
+        asked = requests if self.inner.objectives else [replace(r, weights=None) for r in requests]  # they only say where it stands
+        candidates = self.inner(candidate_requests(asked, self.n))
         prompts = {r.prompt.id: r.prompt for r in requests}
         reward_PNK = score(self.rewards, prompts, candidates).reshape(len(requests), self.n, len(self.rewards))
         v = self.multiplier_K if self.monitor is None else self.monitor.multiplier_K

@@ -23,7 +23,9 @@ _CONTROL = (
 )
 _PRICE = (
     "KL and floor in nats; tokens read by the policy and by what guides it, prompt included (a tuned policy counts as a guide, and "
-    "a reference that only measures it not at all); texts that rewards scored to choose it."
+    "a reference that only measures it not at all); texts that rewards scored to choose it; seconds of sampling, in batches, without the "
+    "scoring of best-of-n; the most memory that the process held meanwhile, with all that it had loaded (on a GPU, there). "
+    "Processes at once slow each other."
 )
 _BETWEEN = (
     "Differences at the weights that both have, each method as one front, with 95\u00a0% intervals over prompts; p from a two-sided "
@@ -89,7 +91,8 @@ def methods_section(evaluation: Evaluation) -> Html:
     ]
     price = [
         [r["method"], interval(r.get("kl")), decimal(r.get("kl_floor")), decimal(r.get("base_forwards"), 0),
-         decimal(r.get("guide_forwards"), 0), decimal(r.get("reward_calls"), 1), multiple(r.get("cost"))]
+         decimal(r.get("guide_forwards"), 0), decimal(r.get("reward_calls"), 1), multiple(r.get("cost")),
+         decimal(r.get("seconds"), 3), decimal(r.get("peak_memory"))]
         for r in methods
     ]  # fmt: skip
     if not methods:
@@ -105,7 +108,9 @@ def methods_section(evaluation: Evaluation) -> Html:
         element("h3", "Price of a response"),
         note(_PRICE),
         table(
-            ["method", "KL [95 %]", "floor", "base forwards", "guide forwards", "reward calls", "cost"], price, name="Price of a response"
+            ["method", "KL [95 %]", "floor", "base forwards", "guide forwards", "reward calls", "cost", "seconds", "peak memory, GiB"],
+            price,
+            name="Price of a response",
         ),
     )
 

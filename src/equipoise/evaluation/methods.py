@@ -75,12 +75,19 @@ def method_rows(summary: Summary, named: Mapping[str, Sequence[Point]]) -> list[
 
 
 def _price(summary: Summary, points: Sequence[Point]) -> dict[str, Any]:
-    """Means over a method's points of what a response costs, and how many of its responses went wrong."""
+    """Means over a method's points of what a response costs, and how many of its responses went wrong.
+
+    `seconds` of sampling are NaN where a point's weren't measured, and so is `peak_memory`, in GiB: the largest of its points.
+    """
     kl_BW1 = resampled_front(np.stack([p.kl_P for p in points])[..., None], summary.indices)
     mean = {
         key: float(np.mean([getattr(p, key) for p in points])) for key in ("kl_floor", "base_forwards", "guide_forwards", "reward_calls")
     }
     total = {key: sum(getattr(p, key) for p in points) for key in ("responses", "unscored", "repetitive", "truncated", "leaks")}
+    seconds = [p.seconds for p in points if p.seconds is not None]
+    peaks = [p.peak_bytes for p in points if p.peak_bytes is not None]
+    mean["seconds"] = float(np.mean(seconds)) if len(seconds) == len(points) else float("nan")
+    mean["peak_memory"] = max(peaks) / 2**30 if len(peaks) == len(points) else float("nan")
     return {"kl": _estimate(kl_BW1[:, :, 0].mean(axis=1)), **mean, **total}
 
 

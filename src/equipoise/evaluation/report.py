@@ -32,6 +32,7 @@ from equipoise.evaluation.markup import (
     text,
 )
 from equipoise.evaluation.method_report import between_section, equal_length_table, hypervolume_section, methods_section, slips_table
+from equipoise.evaluation.win_rates import win_rates_section
 
 _EXAMPLES = 3
 _PAIRS = 6
@@ -61,6 +62,7 @@ def render_report(evaluation: dict[str, Any]) -> str:
         ("methods", "Metrics of the fronts", methods_section(evaluation)),
         ("between", "Methods side by side", between_section(evaluation)),
         ("equal", "At equal KL and at equal compute", _equal(evaluation)),
+        ("win_rates", "Win rates before a judge", win_rates_section(evaluation)),
         ("gain", "What a nat and a token buy", _gain(evaluation)),
         ("gaming", "Length and refusals", _gaming(evaluation)),
         ("examples", "Examples", _examples(evaluation)),

@@ -23,7 +23,7 @@ from equipoise.evaluation.front import (
     permutation_pvalue,
     scored_mean,
 )
-from equipoise.evaluation.sweep import Scored, mean_cost, tokens_per_second
+from equipoise.evaluation.sweep import Scored, mean_cost, seconds_per_response, tokens_per_second
 from equipoise.objectives import Normaliser, linear, weight_label
 from equipoise.rewards.text import is_refusal, is_repetitive, leaks_format, word_count
 from equipoise.types import FrontPoint, UserError
@@ -54,6 +54,10 @@ class Point:
     unscored: int
     responses: int
     tokens_per_s: float | None
+    seconds: float | None
+    """Of sampling, per response; None where nobody measured it."""
+    peak_bytes: int | None
+    """Of memory, while the point was sampled; None where nobody measured it."""
     source: str
 
     @cached_property
@@ -103,6 +107,8 @@ class Summary:
             "guide_forwards": float(np.mean([r.guide_forwards for r in scored.rollouts])),
             "reward_calls": float(np.mean([r.reward_calls for r in scored.rollouts])),
             "tokens_per_s": tokens_per_second(scored),
+            "seconds": seconds_per_response(scored),
+            "peak_bytes": scored.peak_bytes,
         }
         words, refusals, repetitive, leaks = np.array([_facts(r.text) for r in chosen]).T
         return Point(
@@ -148,6 +154,7 @@ class Summary:
             "guide_forwards": n * one.guide_forwards,
             "reward_calls": n * (one.reward_calls + len(self.objectives)),
             "tokens_per_s": None,
+            "seconds": None if one.seconds is None else n * one.seconds,
         }
 
     def _groups(self, scored: Scored, n: int) -> np.ndarray:

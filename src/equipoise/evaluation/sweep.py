@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from equipoise.rewards.scoring import read_rewards, score_shards
-from equipoise.rollouts import collect, make_requests, read_rollouts, sampling_seconds
+from equipoise.rollouts import collect, make_requests, read_rollouts, sampling_peak, sampling_seconds
 from equipoise.types import Prompt, Reward, Rollout, Sampler
 
 
@@ -26,6 +26,8 @@ class Scored:
     source: str
     reference_counts: bool = True
     """Whether the reference's forwards are part of the method, or only measure its KL and name its candidates."""
+    peak_bytes: int | None = None
+    """Of the process that sampled it, with all that it had loaded; None where nobody measured it."""
 
     def by_prompt(self, prompt_ids: Sequence[str]) -> np.ndarray:
         """Row indices [P, S] of each prompt's samples, in the order they were asked for."""
@@ -67,13 +69,19 @@ def read_point(root: Path, method: str, weights: tuple[float, ...] | None) -> Sc
     folder = point_folder(root, method, weights)
     rollouts = read_rollouts(folder / "rollouts")
     rewards = read_rewards(folder / "rewards", rollouts)
-    seconds = sampling_seconds(folder / "rollouts")
-    return Scored(method, weights, rollouts, rewards.reward_NK, rewards.objectives, seconds, str(folder.relative_to(root)))
+    seconds, peak = sampling_seconds(folder / "rollouts"), sampling_peak(folder / "rollouts")
+    source = str(folder.relative_to(root))
+    return Scored(method, weights, rollouts, rewards.reward_NK, rewards.objectives, seconds, source, peak_bytes=peak)
 
 
 def mean_cost(point: Scored) -> float:
     """Tokens that backbones read per response, prompt included; the reference's only where the method needs them."""
     return float(np.mean([r.base_forwards * point.reference_counts + r.guide_forwards for r in point.rollouts]))
+
+
+def seconds_per_response(point: Scored) -> float | None:
+    """Of sampling; None where nobody measured it."""
+    return point.seconds / len(point.rollouts) if point.seconds > 0 else None
 
 
 def tokens_per_second(point: Scored) -> float | None:

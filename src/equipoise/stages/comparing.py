@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from equipoise.models.generation import Sampling
-from equipoise.progress import bar
-from equipoise.runs import EXECUTION, stage, write_json, write_text
+from equipoise.progress import bar, say
+from equipoise.runs import EXECUTION, read_json, stage, write_json, write_text
 from equipoise.stages import common
-from equipoise.stages.choosing import Choice
-from equipoise.stages.steering import Steer, Steering, renamed, sampler_of, steering_of
-from equipoise.types import UserError
+from equipoise.stages.methods import Method, MethodPoint, Weights, parents_of_points, points_of
+from equipoise.stages.steering import sampler_of
+from equipoise.stages.winning import WinRates, rubrics_of, win_rates
+from equipoise.stages.workers import LOGS, each_once, run_workers
+from equipoise.types import Prompt, Request, Rollout, Sampler, UserError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Method(Steer):
-    """One method of a comparison: what steers it, as `sample` takes it, and where along the trade-off."""
-
-    weights: tuple[str, ...] = ()
-    """Its weight vectors, as helpful=0.7,harmless=0.3 each; empty for the comparison's grid."""
-    policies: tuple[str, ...] = ()
-    """Folders of policies that were trained at one weight vector each (DPO, MODPO); each is a point of the method."""
-    choice: Choice = field(default_factory=Choice)
-    """How its responses are chosen among proposals."""
-
-    def __post_init__(self) -> None:
-        if self.policies and (self.weights or self.policy):
-            raise UserError("policies bring their own weights: leave weights and policy away")
+_JUDGED = "win_rates.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +39,8 @@ class Compare:
     """Most prompts; 0 for all."""
     steps: int = 4
     """The grid's weights are multiples of 1/steps."""
+    weights: tuple[str, ...] = ()
+    """Weight vectors in place of the grid, as helpful=0.7,harmless=0.3 or 0.7,0.3 each, for best-of-n and methods without their own."""
     samples: int = 2
     """Responses per prompt and weight vector of each method."""
     reference_samples: int = 8
@@ -59,6 +49,8 @@ class Compare:
     """The objectives, in the order of every method's weights."""
     judges: tuple[str, ...] = ("judge_helpful", "judge_harmless")
     """Scorers that nothing was trained on, for the report."""
+    judge: WinRates = field(default_factory=WinRates)
+    """A chat model that says which response is better, each method's or the reference's."""
     best_of: tuple[int, ...] = (2, 4, 8)
     """n of best-of-n over the reference's samples."""
     each_best_of: tuple[int, ...] = ()
@@ -75,13 +67,13 @@ class Compare:
     """Prompts shown with their responses."""
     trust_remote_code: bool = False
     """Run code that comes with a model."""
-    from_end: bool = field(default=False, metadata=EXECUTION)
-    """Begin with the last point. A second process with this, on the same folder, meets the first one halfway."""
+    workers: int = field(default=1, metadata=EXECUTION)
+    """Processes that share the points, each with the model; a second command on the same folder joins in too."""
 
     def __post_init__(self) -> None:
         if not self.methods:
             raise UserError("there is nothing to compare: name at least one method, as in recipes/compare.yaml")
-        common.check_counts(samples=self.samples, reference_samples=self.reference_samples)
+        common.check_counts(samples=self.samples, reference_samples=self.reference_samples, workers=self.workers)
         most = max((*self.best_of, 1))
         if most > self.reference_samples:
             raise UserError(f"best-of-{most} needs reference_samples of at least {most}, not {self.reference_samples}")
@@ -92,86 +84,156 @@ class Compare:
 def compare(config: Compare) -> Path:
     """Run what is missing, evaluate, draw, and return the page."""
     from equipoise.data.prompts import prompts_file
-    from equipoise.evaluation.sweep import sweep_point
-    from equipoise.objectives import simplex_grid
-    from equipoise.rewards import artefacts, load_rewards, parse_name
+    from equipoise.rewards import artefacts
+
+    job = _job(config)
+    rubrics_of(config.judge, job.objectives)  # what is wrong with them is said before hours of sampling
+    parents = {"prompts": prompts_file(config.prompts)} | {str(file): file for file in artefacts([*config.rewards, *config.judges])}
+    for name, points in job.plan.items():
+        parents |= parents_of_points(name, points)
+    parents |= {f"{name}: recipe": Path(method.recipe).expanduser() for name, method in config.methods.items() if method.recipe}
+    with stage(config.out, "compare", common.settings_of(config), parents) as run:
+        if not run.done:
+            title = f"sampling {len(job.todo)} points on {len(job.prompts)} prompts"
+            with bar(title, len(job.prompts) * sum(count for *_, count in job.todo)) as advance:
+                if config.workers > 1:
+                    say(f"{config.workers} workers, whose logs are in {config.out / LOGS}")
+                    run_workers(config.workers, config.out / LOGS, _worker, [config], _Counted(config.out, advance))
+                else:
+                    _sample(config, job, advance)
+            judged = _judged(config, job)
+            run.outputs = judged + sorted(path for place in map(job.place, job.todo) for path in place.glob("*/*.parquet"))
+    return _evaluate(config, job)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a config asks for, before anything is loaded."""
+
+    out: Path
+    objectives: tuple[str, ...]
+    grid: list[Weights]
+    plan: dict[str, list[MethodPoint]]
+    prompts: list[Prompt]
+    todo: list[tuple[str, MethodPoint | None, int]]
+    """(method, point, samples per prompt), the reference first."""
+
+    def place(self, entry: tuple[str, MethodPoint | None, int]) -> Path:
+        """Where a point's files lie."""
+        from equipoise.evaluation.sweep import point_folder
+
+        name, point, _ = entry
+        return point_folder(self.out, name, point.weights if point else None)
+
+
+def _job(config: Compare) -> _Job:
+    from equipoise.rewards import parse_name
 
     objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
-    grid, settings = simplex_grid(len(objectives), config.steps), common.settings_of(config)
-    plan = {name: _points(name, method, objectives, grid, settings) for name, method in config.methods.items()}
-    prompts = common.prompts_of(config.prompts, config.split, config.limit)
-    parents = {"prompts": prompts_file(config.prompts)} | {str(file): file for file in artefacts([*config.rewards, *config.judges])}
-    for name, points in plan.items():
-        parents |= {f"{name}: {what}": path for _, steering in points for what, path in steering.way.parents.items()}
-    with stage(config.out, "compare", settings, parents) as run:
-        if not run.done:
-            lm = common.model_of(config.model, config.trust_remote_code)
-            rewards = load_rewards([*config.rewards, *config.judges], lm)
-            todo: list[tuple[str, Mapping[str, Any], Steering | None, int]] = [("reference", settings, None, config.reference_samples)]
-            todo += [(name, sampled, steering, config.samples) for name, points in plan.items() for sampled, steering in points]
-            with bar(f"sampling {len(todo)} points on {len(prompts)} prompts", len(prompts) * sum(n for *_, n in todo)) as advance:
-                for name, sampled, steering, count in reversed(todo) if config.from_end else todo:
-                    sampler, weights = sampler_of(lm, sampled, steering), steering.weights if steering else None
-                    size = config.sampling.batch_size
-                    point = sweep_point(run.folder, name, sampler, weights, prompts, count, config.seed, rewards, size, sampled=advance)
-                    run.outputs += (run.folder / point.source).glob("*/*.parquet")
-            run.outputs.sort()
-    return _evaluate(config, plan, grid, prompts)
+    grid, settings = _grid(config, objectives), common.settings_of(config)
+    plan = {name: points_of(name, method, objectives, grid, settings) for name, method in config.methods.items()}
+    todo: list[tuple[str, MethodPoint | None, int]] = [("reference", None, config.reference_samples)]
+    todo += [(name, point, config.samples) for name, points in plan.items() for point in points]
+    return _Job(config.out, objectives, grid, plan, common.prompts_of(config.prompts, config.split, config.limit), todo)
 
 
-def _points(
-    name: str, method: Method, objectives: tuple[str, ...], grid: Any, settings: Mapping[str, Any]
-) -> list[tuple[dict[str, Any], Steering]]:
-    """(`sample` settings, steering) of each of a method's weight vectors."""
-    if name == "reference" or "/" in name or name.startswith("."):
-        raise UserError(f"{name!r} can't be a method's name: it becomes a folder beside the reference's")
-    asked = method.weights or [",".join(f"{k}={w:.12g}" for k, w in zip(objectives, weights, strict=True)) for weights in grid]
-    shared = {**asdict(method), **{key: settings[key] for key in ("sampling", "trust_remote_code")}}
-    points = [{"policy": folder, "weights": ""} for folder in method.policies] or [{"weights": weights} for weights in asked]
-    found = []
-    for point in points:
-        sampled = {**shared, **point}
-        try:
-            steering = steering_of(sampled)
-        except UserError as error:
-            raise UserError(f"method {name!r}: {error}") from None
-        found.append((sampled, _placed(name, steering, objectives)))
+def _worker(config: Compare) -> None:
+    """What a process of its own does: like every other one, the points that are left."""
+    _sample(config, _job(config), lambda count: None)
+
+
+def _sample(config: Compare, job: _Job, advance: Callable[[int], None]) -> None:
+    """Sample and score every point that no other process is at."""
+    from equipoise.evaluation.sweep import sweep_point
+    from equipoise.rewards import load_rewards
+
+    lm, settings = common.model_of(config.model, config.trust_remote_code), common.settings_of(config)
+    rewards = load_rewards([*config.rewards, *config.judges], lm)
+
+    def work(entry: tuple[str, MethodPoint | None, int]) -> None:
+        name, at, count = entry
+        sampler = _Late(lambda: sampler_of(lm, at.sampled, at.steering) if at else sampler_of(lm, settings, None))
+        weights, size = at.weights if at else None, config.sampling.batch_size
+        sweep_point(config.out, name, sampler, weights, job.prompts, count, config.seed, rewards, size, sampled=advance)
+
+    each_once(job.todo, job.place, work)
+
+
+class _Late:
+    """A sampler that is made when it is first asked: for a point that is finished, nothing is loaded."""
+
+    def __init__(self, make: Callable[[], Sampler]) -> None:
+        self._made = cache(make)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return self._made().objectives
+
+    def __call__(self, requests: Sequence[Request]) -> list[Rollout]:
+        return self._made()(requests)
+
+
+class _Counted:
+    """Tells a bar of the rollouts that other processes have written since it was last called."""
+
+    def __init__(self, folder: Path, advance: Callable[[int], None]) -> None:
+        self.folder, self.advance = folder, advance
+        self.seen: set[Path] = set()
+
+    def __call__(self) -> None:
+        from pyarrow.parquet import read_metadata
+
+        fresh = set(self.folder.glob("*/*/rollouts/*.parquet")) - self.seen
+        self.seen |= fresh
+        if fresh:
+            self.advance(sum(read_metadata(path).num_rows for path in fresh))
+
+
+def _judged(config: Compare, job: _Job) -> list[Path]:
+    """The file of the win rates, if there is a judge."""
+    if not config.judge.engine:
+        return []
+    lm = common.model_of(config.model, config.trust_remote_code) if config.judge.engine == f"local:{config.model}" else None
+    weights = {name: [point.weights for point in points] for name, points in job.plan.items()}
+    found = win_rates(config.judge, config.out, job.objectives, weights, job.prompts, config.n_boot, config.seed, lm)
+    write_json(config.out / _JUDGED, found)
+    return [config.out / _JUDGED]
+
+
+def _grid(config: Compare, objectives: tuple[str, ...]) -> list[Weights]:
+    """The weight vectors of best-of-n and of methods without their own. Raises `UserError` for one that is none, or given twice."""
+    from equipoise.objectives import parse_weights, simplex_grid
+
+    if not config.weights:
+        return simplex_grid(len(objectives), config.steps)
+    found = [parse_weights(text, objectives) for text in config.weights]
+    for index, weights in enumerate(found):
+        if weights in found[:index]:
+            raise UserError(f"the weights {config.weights[index]!r} are there twice: name each vector once")
     return found
 
 
-def _placed(name: str, steering: Steering | None, objectives: tuple[str, ...]) -> Steering:
-    """The steering, with a policy of fewer objectives at 0 on the others. Raises `UserError` where it isn't of these objectives."""
-    known = steering.way.objectives if steering else ()
-    if steering and steering.way.fixed and set(known) <= set(objectives):
-        own = dict(zip(known, steering.weights, strict=True))
-        weights = tuple(own.get(k, 0.0) for k in objectives)
-        way = replace(steering.way, objectives=objectives, guide=renamed(steering.way, objectives), fixed=weights)
-        return Steering(way=way, weights=weights)
-    if steering is None or known != objectives:
-        raise UserError(
-            f"method {name!r} is steered by {', '.join(known) or 'nothing'}; the rewards are {', '.join(objectives)}, in this order"
-        )
-    return steering
-
-
-def _evaluate(config: Compare, plan: Mapping[str, Any], grid: Any, prompts: Any) -> Path:
+def _evaluate(config: Compare, job: _Job) -> Path:
     from equipoise.evaluation.comparison import comparison_of
     from equipoise.evaluation.figures import front_figure
     from equipoise.evaluation.log import response_table, write_table
     from equipoise.evaluation.report import render_report
     from equipoise.evaluation.sweep import read_point
-    from equipoise.rewards import parse_name
     from equipoise.runs import manifest_of
 
     manifest = manifest_of(config.out, "compare")
-    objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
-    weights = {name: [steering.weights for _, steering in points] for name, points in plan.items()}
-    measured = {name for name, points in plan.items() if all(steering.way.reference_measures for _, steering in points)}
-    result = comparison_of(config.out, objectives, {p.id: p for p in prompts}, weights, grid, manifest["config"], measured)
+    weights = {name: [point.weights for point in points] for name, points in job.plan.items()}
+    measured = {name for name, points in job.plan.items() if all(point.steering.way.reference_measures for point in points)}
+    # An end of a method is set beside best-of-n at the same end, which weights of one's own may leave out.
+    ends = dict.fromkeys(w for found in weights.values() for w in found if max(w) == 1.0)
+    grid = [*job.grid, *(end for end in ends if end not in job.grid)]
+    result = comparison_of(config.out, job.objectives, {p.id: p for p in job.prompts}, weights, grid, manifest["config"], measured)
     result |= {"model": config.model, "settings": manifest["config"], "versions": manifest["versions"], "facts": manifest["facts"]}
     result["files"] = [
         {"path": str(config.out / name), "sha256": digest, "what": "compare"} for name, digest in manifest["outputs"].items()
     ]
+    if config.judge.engine:
+        result["win_rates"] = read_json(config.out / _JUDGED)
     write_json(config.out / "evaluation.json", result)
     points = [
         read_point(config.out, "reference", None),
@@ -180,6 +242,6 @@ def _evaluate(config: Compare, plan: Mapping[str, Any], grid: Any, prompts: Any)
     write_table(config.out / "responses.parquet", response_table(points))
     page = config.out / "report.html"
     write_text(page, render_report(result))
-    if len(objectives) >= 2:
-        write_text(config.out / "front.svg", front_figure(result, *objectives[:2]))
+    if len(job.objectives) >= 2:
+        write_text(config.out / "front.svg", front_figure(result, *job.objectives[:2]))
     return page

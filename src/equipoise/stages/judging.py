@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,26 +85,30 @@ def judge(config: Judge) -> Path:
 
 
 def _figures(config: Judge, pairs: list[Match], found: dict[str, Verdicts]) -> dict[str, Any]:
+    said = {name: figures(pairs, verdicts, config.n_boot, config.seed) for name, verdicts in found.items()}
+    for name, row in said.items():
+        interval = f" [{row['lo']:.2f}, {row['hi']:.2f}]" if row["lo"] == row["lo"] else ""
+        rate = f"{row['win_rate']:.2f}{interval}" if row["n_judged"] else "–"
+        judged = f"{row['n_judged']} of {row['n_pairs']} pairs judged"
+        lost = f"{row['n_unparsed']} replies unreadable, {row['n_failed']} missing"
+        say(f"{name}: {config.first} wins {rate} against {config.second}; {judged}, {lost}")
+    return said
+
+
+def figures(pairs: Sequence[Match], verdicts: Verdicts, n_boot: int, seed: int) -> dict[str, Any]:
+    """`pairwise.summarise` of one objective's verdicts, with the counts of replies that never came or can't be read."""
     import numpy as np
 
     from equipoise.evaluation.pairwise import summarise
 
-    ids, words = [m.prompt.id for m in pairs], np.array(_words(pairs), dtype=np.float64)
-    figures: dict[str, Any] = {}
-    for name, v in found.items():
-        row = summarise(v.forward_N, v.backward_N, ids, words[:, 0], words[:, 1], config.n_boot, config.seed)
-        replies = [r for both in v.replies for r in both]
-        failed = sum(r.text is None for r in replies)
-        unparsed = int(np.isnan(np.concatenate([v.forward_N, v.backward_N])).sum()) - failed
-        figures[name] = {**row, "n_failed": failed, "n_unparsed": unparsed}
-        interval = f" [{row['lo']:.2f}, {row['hi']:.2f}]" if row["lo"] == row["lo"] else ""
-        rate = f"{row['win_rate']:.2f}{interval}" if row["n_judged"] else "–"
-        judged = f"{row['n_judged']} of {row['n_pairs']} pairs judged, {unparsed} replies unreadable, {failed} missing"
-        say(f"{name}: {config.first} wins {rate} against {config.second}; {judged}")
-    return figures
+    words = np.array(_words(pairs), dtype=np.float64)
+    row = summarise(verdicts.forward_N, verdicts.backward_N, [m.prompt.id for m in pairs], words[:, 0], words[:, 1], n_boot, seed)
+    failed = sum(reply.text is None for both in verdicts.replies for reply in both)
+    unparsed = int(np.isnan(np.concatenate([verdicts.forward_N, verdicts.backward_N])).sum()) - failed
+    return {**row, "n_failed": failed, "n_unparsed": unparsed}
 
 
-def _words(pairs: list[Match]) -> list[tuple[int, int]]:
+def _words(pairs: Sequence[Match]) -> list[tuple[int, int]]:
     from equipoise.rewards.text import word_count
 
     return [(word_count(m.first.text), word_count(m.second.text)) for m in pairs]

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from equipoise.progress import bar
 from equipoise.runs import file_digest, manifest_of, plain, read_json, stage, write_json, write_text
 from equipoise.stages import common
-from equipoise.stages.steering import model_for, sampler_of, steering_of
-from equipoise.types import UserError
+from equipoise.stages.steering import model_for, sampler_of, steering_of, weighted_way
+from equipoise.stages.ways import Way
+from equipoise.types import Sampler, UserError
 
 if TYPE_CHECKING:
+    from equipoise.models.loading import LanguageModel
     from equipoise.palette.banks import Bank
     from equipoise.palette.dual import Problem
     from equipoise.palette.quote import Quote
@@ -182,7 +184,7 @@ def apply(config: Apply) -> str:
     from equipoise.rewards.scoring import score_shards
     from equipoise.rollouts import SHARD_BATCHES, collect, make_requests
 
-    records = [_solved(folder) for folder in config.palettes]
+    records = [solved(folder) for folder in config.palettes]
     most = _candidates(config, records)
     serve = records[0]["serve"]
     prompts = common.prompts_of(config.prompts, config.split, config.limit)
@@ -217,9 +219,9 @@ def apply(config: Apply) -> str:
     return applied_table(result)
 
 
-def _solved(folder: Path) -> dict[str, Any]:
+def solved(folder: Path) -> dict[str, Any]:
     """A palette.json that can be served. Raises `UserError` for one that can't be had, or of a table instead of a run."""
-    record = read_json(folder / "palette.json")
+    record: dict[str, Any] = read_json(folder / "palette.json")
     if not record.get("serve"):
         raise UserError(f"{folder} was solved on {record.get('bank')}, a table without a sampler; solve it on a scored `sample` folder")
     if not record["feasible"]:
@@ -228,6 +230,56 @@ def _solved(folder: Path) -> dict[str, Any]:
     if _digests(bank) != record["serve"]["bank"]:
         raise UserError(f"{bank} was sampled or scored again since {folder} was solved on it; run `palette` again")
     return record | {"folder": str(folder)}
+
+
+_SLACK = 1e-6
+"""Share of all pull below which an objective's is the solver's rounding."""
+
+
+def palette_way(folder: Path, objectives: tuple[str, ...], n: int, model: str) -> Way:
+    """A solved palette over the reference as one point of a comparison: j ~ softmax(v . R_j) among n candidates of a prompt.
+
+    Its place is w_k = v_k sd_k / sum_j v_j sd_j, sd_k of its bank's rewards and 0 for an objective that wasn't asked for: softmax of v . R
+    is that of beta^-1 w . z, z the standardised rewards, with beta^-1 = sum_j v_j sd_j. `n` is for a palette that has no number itself.
+
+    Raises `UserError` for one that can't be served, was solved on steered responses or those of another model, asks for other
+    objectives, or has no place: a multiplier below 0, which asks for less of something, or none above.
+    """
+    import numpy as np
+
+    from equipoise.decoding.palette import PaletteSampler
+    from equipoise.rewards import artefacts, load_rewards, parse_name
+
+    record = solved(folder)
+    v, sampled, n = record["multipliers"], record["serve"]["sample"], record["n"] or n
+    if record["reference"] or weighted_way(sampled):
+        raise UserError(f"{folder} was solved on steered responses; a comparison draws its candidates from the reference")
+    if sampled["model"] != model:
+        raise UserError(f"{folder} was solved on responses of {sampled['model']}, and the comparison is of {model}")
+    if not set(v) <= set(objectives):
+        raise UserError(f"{folder} asks for {', '.join(v)}; the rewards are {', '.join(objectives)}")
+    if not n:
+        raise UserError(f"{folder} says no number of candidates: set palette_n, or solve it with --dual grouped")
+    strength = {name: v[name] * record["sd"][name] for name in v}
+    total = sum(abs(s) for s in strength.values())
+    less = [name for name, s in strength.items() if s < -_SLACK * total]
+    if less or not total:
+        why = f"{less[0]} has the multiplier {v[less[0]]:.3g}" if less else "all its multipliers are 0"
+        raise UserError(f"{folder} has no place among weights of at least 0: {why}")
+    pull = {name: s for name, s in strength.items() if s > _SLACK * total}
+    scorers = [entry for entry in record["serve"]["score"]["rewards"] if parse_name(entry)[0] in v]
+
+    def over(lm: LanguageModel, inner: Sampler) -> Sampler:
+        rewards = load_rewards(scorers, lm)
+        return PaletteSampler(inner, rewards, np.array([v[reward.name] for reward in rewards]), n)
+
+    return Way(
+        objectives=objectives,
+        parents={f"palette {folder}": folder / "palette.json"} | {f"palette {folder}: {file}": file for file in artefacts(scorers)},
+        guide=lambda lm: None,
+        fixed=tuple(pull.get(name, 0.0) / sum(pull.values()) for name in objectives),
+        over=over,
+    )
 
 
 def _candidates(config: Apply, records: list[dict[str, Any]]) -> int:

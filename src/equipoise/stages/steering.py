@@ -169,4 +169,5 @@ def sampler_of(lm: LanguageModel | None, sampled: Settings, steering: Steering |
     if sampling.top_k > known_tokens(lm.tokenizer):
         raise UserError(f"top_k={sampling.top_k} is more than the {known_tokens(lm.tokenizer)} tokens of {lm.name!r}: 0 takes all of them")
     guide = steering.way.guide(lm) if steering else None
-    return choosing_sampler(lm, choice, sampling, guide) if choice else PolicySampler(lm, sampling, guide)
+    sampler = choosing_sampler(lm, choice, sampling, guide) if choice else PolicySampler(lm, sampling, guide)
+    return steering.way.over(lm, sampler) if steering and steering.way.over else sampler

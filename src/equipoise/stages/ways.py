@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from equipoise.runs import read_json
 from equipoise.stages import common
-from equipoise.types import Prompt, Request, UserError
+from equipoise.types import Prompt, Request, Sampler, UserError
 
 if TYPE_CHECKING:
     from equipoise.models.companions import Voice
@@ -42,6 +42,8 @@ class Way:
     """Where a request brings scores of its own in place of weights: draws them, by its seed."""
     reference_measures: bool = False
     """Whether the reference's forward only measures the KL and names the candidates: the method itself can do without it."""
+    over: Callable[[LanguageModel, Sampler], Sampler] | None = None
+    """Chooses among the policy's responses, where that isn't one of the choices by weighted rewards."""
 
 
 def _by_values(sampled: Settings) -> Way:
