@@ -24,7 +24,12 @@ def rollout(prompt: str, index: int, text: str = "well then", kl: float = 0.0, c
 
 
 def scored(
-    method: str, weights: Sequence[float] | None, reward_NK: Sequence[Sequence[float]], kl: float = 0.0, cost: int = 1, texts: Sequence[str] = ()
+    method: str,
+    weights: Sequence[float] | None,
+    reward_NK: Sequence[Sequence[float]],
+    kl: float = 0.0,
+    cost: int = 1,
+    texts: Sequence[str] = (),
 ) -> Scored:
     """Rows of rewards, as many for each prompt in turn; one row stands for both prompts."""
     rows = [list(r) for r in reward_NK] * (2 if len(reward_NK) == 1 else 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from equipoise.evaluation.faces import face_points, face_rows, pairs_of
+from equipoise.evaluation.faces import face_rows, pairs_of
 from equipoise.evaluation.methods import distribution_rows
 from equipoise.objectives import on_face
 from evaluation.small_comparison import OBJECTIVES, placed, scored, summary_of

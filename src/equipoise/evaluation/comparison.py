@@ -30,6 +30,8 @@ from equipoise.objectives import Normaliser
 from equipoise.types import Prompt
 
 Weights = tuple[float, ...]
+_NAMED = 4
+"""Most methods that a title names."""
 
 
 def comparison_of(
@@ -67,7 +69,7 @@ def comparison_of(
     every = [(p, cost_class(ladder, cost_of(found))) for found in fronts.values() for p in found]
     shown = next(iter(scored.values()), [])
     return {
-        "title": " and ".join(objectives) + ": " + ", ".join(plan) + " on the same prompts",
+        "title": " and ".join(objectives) + f": {', '.join(plan) if len(plan) <= _NAMED else f'{len(plan)} methods'} on the same prompts",
         "objectives": list(objectives),
         "judges": list(summary.judges),
         "ref_point_K": ref_point,

@@ -64,9 +64,9 @@ _STYLES = {
 # Five colours, twenty markers, five lines: no two of the first five unknown methods share a colour, nor of twenty a marker, so that
 # they can be told apart in black and white.
 _SPARE_COLOURS = ("#E69F00", "#56B4E9", "#5A5A5A", "#009E73", "#0072B2")
-_SPARE_FULL = ("v", "P", "*", "<", ">", "p", "d", "h", "8", "H")
-_SPARE_HOLLOW = ("o", "s", "^", "D", "v", "P", "*", "<", ">", "d")
-_SPARE_MARKERS = [mark for full, hollow in zip(_SPARE_FULL, _SPARE_HOLLOW, strict=True) for mark in ((full, True), (hollow, False))]
+_SPARE_MARKERS = [(shape, True) for shape in "vP*<>pd"] + [(shape, False) for shape in "os^DvP*<>pdXh"]
+_SIZES = {"*": 8.5, "P": 7.0, "d": 7.0}
+"""Of thin markers, in points, so that they look as large as the others."""
 _SPARE_LINES = ((0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (7, 3)), (0, (2, 1)))
 
 
@@ -156,7 +156,7 @@ def bar(ax: Axes, interval: Mapping[str, Any], other: float, colour: str, *, hor
 
 def marker(style: Style) -> dict[str, Any]:
     """Keyword arguments of a method's marker; a full one has a white rim that keeps crowded points apart."""
-    look: dict[str, Any] = {"marker": style.marker, "color": style.colour}
+    look: dict[str, Any] = {"marker": style.marker, "color": style.colour, "markersize": _SIZES.get(style.marker, 5.5)}
     if style.filled:
         return look | {"markeredgecolor": "white", "markeredgewidth": 0.5}
     return look | {"markerfacecolor": "white", "markeredgecolor": style.colour, "markeredgewidth": 1.2}

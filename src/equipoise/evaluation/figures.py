@@ -52,14 +52,14 @@ def front_figure(evaluation: Evaluation, x: str, y: str, points: Sequence[Point]
     """Points of each method on two objectives (or two judges), with 95 % interval bars and a line along the weights.
 
     `x` and `y` name two of the evaluation's objectives or two of its judges. With more than two objectives only the points
-    whose weight lies on the two drawn ones are shown, one edge of the simplex; judges have no weights, and all points.
+    whose weight lies on the two drawn ones are shown, one edge of the simplex, and for judges those with all weight on one.
     `points`: which to draw, None for the evaluation's; a method looks the same whatever stands beside it. One that has an
     `index` is marked with it (`drawing.svg`). `name` tells several figures of one page apart. Raises `UserError` for an
     unknown objective or judge.
     """
     key, i, j = _axes_of(evaluation, x, y)
     every = evaluation.get("points") or [] if points is None else points
-    shown = [p for p in every if key == "judge" or on_face(p.get("weights"), (i, j))]
+    shown = [p for p in every if drawn_on(p, key, (i, j))]
     placed = [(p, place) for p in shown if (place := _place(p, key, i, j)) is not None]
     if not placed:
         return ""
@@ -84,6 +84,12 @@ def front_figure(evaluation: Evaluation, x: str, y: str, points: Sequence[Point]
             _mark_origin(ax, any(p["method"] == "reference" for p, _ in placed))
         legend(figure, evaluation, (p["method"] for p, _ in placed))
         return svg(figure, f"front-{key}-{i}-{j}{name}", f"{x} against {y}, a point for each method and its weights")
+
+
+def drawn_on(point: Point, key: str, pair: tuple[int, int]) -> bool:
+    """Whether a front on these two axes shows the point: its weights lie on the two objectives; beside judges, on one of several."""
+    weights = point.get("weights") or []
+    return on_face(weights, pair) if key == "reward" else len(weights) <= 2 or own_objective(point) is not None
 
 
 def gain_per_nat_figure(evaluation: Evaluation, objectives: Sequence[str] | None = None) -> str:
@@ -242,14 +248,17 @@ def _on_edge(point: Point, objectives: Sequence[str], key: str, i: int, j: int) 
 def _name_ends(ax: Axes, line: Sequence[_Placed], objectives: Sequence[str]) -> None:
     """Write "all helpful" over or under all points, tied to an end of the line that holds all of the weight."""
     low, high = ax.dataLim.y0, ax.dataLim.y1
+    above: list[bool] = []
     for end, beside in ((0, 1), (-1, -2)) if len(line) > 1 else ():
         point, (x, y) = line[end]
         k = own_objective(point)
         if k is not None:
+            # Two names on one side would lie on each other.
+            above.append(not above[0] if above else y >= line[beside][1][1])
             ax.annotate(
                 f"all {short(objectives[k], 16)}",
                 (x, y),
-                xytext=(x, high + 0.06 * (high - low) if y >= line[beside][1][1] else low - 0.06 * (high - low)),
+                xytext=(x, high + 0.06 * (high - low) if above[-1] else low - 0.06 * (high - low)),
                 ha="right" if x >= line[beside][1][0] else "left",
                 va="center",
                 fontweight="bold",

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from equipoise.evaluation.drawing import Evaluation, Point, entry, number
-from equipoise.evaluation.figures import front_figure
+from equipoise.evaluation.figures import drawn_on, front_figure
 from equipoise.evaluation.front import non_dominated
+from equipoise.evaluation.headline import plain_responses
 from equipoise.evaluation.markup import Html, decimal, element, figures, interval, join, multiple, note, percent, table
-from equipoise.objectives import on_face
 
 MOST = 7
 """Methods in one figure, beside the reference and its best-of-n."""
@@ -24,6 +24,7 @@ _PAIRS = 6
 _LADDER = ("reference", "best-of-n")
 _REWARDS = "Rewards that were optimised. Up and right is better; bars are 95 % intervals over prompts, a line runs along the weights."
 _JUDGES = "Judges that no method saw. Gains on the rewards that don't show here suggest that the rewards were gamed."
+_ENDS = " Only points with all weight on one objective are shown."
 _CLASSES = (
     "Methods beside what the same cost buys without them: in each class those whose responses cost about as much as n plain ones, "
     "and best-of-n. A method is in the class of the largest n that costs at most 0.3 more than it."
@@ -47,7 +48,8 @@ def front_section(evaluation: Evaluation) -> Html:
     for key, names, caption in (("reward", evaluation["objectives"], _REWARDS), ("judge", evaluation.get("judges") or [], _JUDGES)):
         for i, j in itertools.islice(itertools.combinations(range(len(names)), 2), _PAIRS):
             shown, left_out = _overview(points, key, (i, j))
-            drawn.append((front_figure(evaluation, names[i], names[j], shown), join(caption, left_out)))
+            ends = _ENDS if key == "judge" and len(evaluation["objectives"]) > 2 else ""
+            drawn.append((front_figure(evaluation, names[i], names[j], shown), f"{caption}{ends}{left_out}"))
     return figures(*drawn)
 
 
@@ -56,7 +58,7 @@ def _overview(points: Sequence[Point], key: str, pair: tuple[int, int]) -> tuple
     methods = dict.fromkeys(p["method"] for p in points if p["method"] not in _LADDER)
     if len(methods) <= MOST:
         return list(points), ""
-    found = [p for p in points if p["method"] in methods and (key == "judge" or on_face(p.get("weights"), pair))]
+    found = [p for p in points if p["method"] in methods and drawn_on(p, key, pair)]
     places = [[number(entry(p.get(key), k).get("mean")) for k in pair] for p in found]
     best = non_dominated(np.array(places, dtype=np.float64).reshape(-1, 2))
     kept = {p["method"] for p, stays in zip(found, best, strict=True) if stays}
@@ -76,16 +78,12 @@ def classes_section(evaluation: Evaluation) -> Html:
             few = methods[start : start + MOST]
             shown = beside + [p for p in points if p["method"] in few and p.get("cost_class") == n]
             for i, j in itertools.islice(itertools.combinations(range(len(names)), 2), _PAIRS):
-                caption = f"{', '.join(few)}; cost of {_plain(n)}."
+                caption = f"{', '.join(few)}; cost of {plain_responses(n)}."
                 drawn.append((front_figure(evaluation, names[i], names[j], shown, f"-cost{n}-{start}"), caption))
         found = figures(*drawn)
         if found:
-            parts += [element("h3", f"About the cost of {_plain(n)}"), found]
+            parts += [element("h3", f"About the cost of {plain_responses(n)}"), found]
     return join(note(_CLASSES), *parts) if parts else Html("")
-
-
-def _plain(n: int) -> str:
-    return "one plain response" if n == 1 else f"{n} plain responses"
 
 
 def _by_hypervolume(evaluation: Evaluation, methods: set[str]) -> list[str]:

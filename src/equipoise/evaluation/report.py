@@ -88,8 +88,8 @@ def render_report(evaluation: dict[str, Any], responses: Responses | None = None
         element("nav", *links, aria_label="Sections") if links else "",
         Html('<button id="download" type="button" hidden>Save the data (JSON)</button>'),
         *(element("section", element("h2", title), content, id=name) for name, title, content in shown),
-        dialog(responses) if responses else "",
         Html(f'<script id="evaluation" type="application/json">{embedded_json(data)}</script>'),
+        dialog(responses) if responses else "",
         Html(f"<script>{_SCRIPT}</script>"),
     ]
     opening = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *_head(evaluation), "</head>", "<body>"]
