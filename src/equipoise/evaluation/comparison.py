@@ -69,7 +69,7 @@ def comparison_of(
     every = [(p, cost_class(ladder, cost_of(found))) for found in fronts.values() for p in found]
     shown = next(iter(scored.values()), [])
     return {
-        "title": " and ".join(objectives) + f": {', '.join(plan) if len(plan) <= _NAMED else f'{len(plan)} methods'} on the same prompts",
+        "title": _listed(objectives) + f": {', '.join(plan) if len(plan) <= _NAMED else f'{len(plan)} methods'} on the same prompts",
         "objectives": list(objectives),
         "judges": list(summary.judges),
         "ref_point_K": ref_point,
@@ -87,6 +87,10 @@ def comparison_of(
         "examples": examples_of(prompts, reference, shown, normaliser, settings["examples"]),
         "normaliser": asdict(normaliser),
     }
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if len(names) > 1 else []), names[-1]])
 
 
 def _equal_compute(summary: Summary, methods: Mapping[str, Sequence[Point]], ladder: Mapping[int, Sequence[Point]]) -> list[dict[str, Any]]:

@@ -138,7 +138,7 @@ def _bars(ax: Axes, values: Sequence[float | None], scale: float, styles: Sequen
             ax.barh(row, scale * value, height=0.62, color=style.colour)
         text = "–" if value is None else f"{scale * value:.0f}"
         ax.annotate(text, (scale * (value or 0), row), xytext=(2, 0), va="center", **_NOTE)
-    ax.set_xlim(0, 1.3 * max([scale * v for v in values if v is not None] + [1e-9]))
+    ax.set_xlim(0, 1.3 * max([scale * v for v in values if v is not None] + [1.0]))
 
 
 def _reward_dots(ax: Axes, objectives: Sequence[str], points: Sequence[Point]) -> None:

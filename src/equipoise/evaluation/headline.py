@@ -43,20 +43,21 @@ def our_method(evaluation: Evaluation) -> str | None:
 
 
 def _best(evaluation: Evaluation) -> str:
-    """The largest hypervolume in each class of cost; "" of few methods and where there are no classes."""
+    """The largest hypervolume in each class of cost, beside best-of-n's; "" of few methods and where there are no classes."""
     classes = {p["method"]: p["cost_class"] for p in evaluation.get("points") or [] if p.get("cost_class")}
-    rows = [r for r in evaluation.get("hypervolume") or [] if r["method"] in classes and r["method"] != "reference"]
-    rows = sorted((r for r in rows if number(r.get("value")) is not None), key=lambda r: (classes[r["method"]], -r["value"]))
+    value = {r["method"]: r for r in evaluation.get("hypervolume") or [] if number(r.get("value")) is not None}
+    rows = sorted((r for name, r in value.items() if name in classes and name != "reference"), key=lambda r: -r["value"])
     if len(rows) <= _LISTED:
         return ""
-    best: dict[int, Mapping[str, Any]] = {}
-    for row in rows:
-        best.setdefault(classes[row["method"]], row)
-    clauses = [
-        f"{row['method']} at about the cost of {plain_responses(n)} ({decimal(row['value'])}, {_range(row, sign=False)})"
-        for n, row in best.items()
-    ]
-    return f"Of {len(rows)} methods the largest hypervolume has {_listing(clauses, ', ')}."
+    clauses = []
+    for n in sorted({classes[row["method"]] for row in rows}):
+        best = next(row for row in rows if classes[row["method"]] == n)
+        plain = "reference" if n == 1 else f"best-of-{n}"
+        beside = f"; {plain} {decimal(value[plain]['value'])}" if plain in value else ""
+        clauses.append(
+            f"{best['method']} at about the cost of {plain_responses(n)} ({decimal(best['value'])}, {_range(best, sign=False)}{beside})"
+        )
+    return f"Largest hypervolume of {len(rows)} methods: {_listing(clauses, ', ')}."
 
 
 def plain_responses(n: int) -> str:
@@ -107,10 +108,9 @@ def _tally(opening: str, names: Sequence[str], scored: Sequence[Mapping[str, Any
     won, lost = (sum(side) for side in list(zip(*said, strict=True))[1:])
     everywhere = [name for name in names if all(ahead for ours, ahead, _ in said if ours == name)]
     shown = [*everywhere[:_LISTED], *([f"{len(everywhere) - _LISTED} more"] if len(everywhere) > _LISTED else [])]
-    best = f"{_listing(shown, ', ')} in all of their own" if shown else "none in all of its own"
     return (
         f"{opening} with best-of-n, {len(names)} methods are ahead in {won} of {len(scored)} comparisons, behind in {lost} and "
-        f"undecided in {len(scored) - won - lost}; {best}."
+        f"undecided in {len(scored) - won - lost}." + (f" Ahead wherever compared: {_listing(shown, ', ')}." if shown else "")
     )
 
 

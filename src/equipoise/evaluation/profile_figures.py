@@ -67,14 +67,16 @@ def radar_figure(evaluation: Evaluation) -> str:
 
 
 def _radar(ax: Any, name: str, names: Sequence[str], angles: Sequence[float], gains: Sequence[float], limits: tuple[float, float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.set_theta_offset(math.pi / 2)
-    ax.set_ylim(*limits)
     around = [2 * math.pi * step / 90 for step in range(91)]
     ax.plot(around, [0.0] * len(around), color="0.3", linestyle="--", linewidth=0.8)
     ax.fill(angles, gains, color="#56B4E9", alpha=0.45)
     ax.plot(angles, gains, color="black", marker="o", markersize=2.5, linewidth=1.1)
     ax.set_xticks(angles[:-1], [short(n, 14) for n in names], fontsize=6.5)
     ax.tick_params(axis="y", labelsize=5.5)
-    ax.locator_params(axis="y", nbins=4)
+    ax.set_yticks(MaxNLocator(3).tick_values(*limits)[1:-1])
+    ax.set_ylim(*limits)
     ax.grid(color="0.85", linewidth=0.5)
     ax.set_title(short(name, 26), fontsize=7.5)
