@@ -32,13 +32,13 @@ def face_rows(summary: Summary, named: Mapping[str, Sequence[Point]], ref_point_
     """For each pair of objectives each method's hypervolume in these two, inner product, KL and cost; cheapest first."""
     faces = []
     for pair in pairs_of(len(summary.objectives)):
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, points in named.items():
             found = face_points(points, pair)
             if found:
                 front_BWK = resampled(summary, found, pair)
                 weights_WK = weights_of(found, len(summary.objectives))[:, pair]
-                row = {"method": name, "cost": cost_of(found), "points": len(found)}
+                row: dict[str, Any] = {"method": name, "cost": cost_of(found), "points": len(found)}
                 row["hypervolume"] = estimate(hypervolumes(front_BWK, [ref_point_K[k] for k in pair]))
                 row["mean_inner_product"] = estimate(mean_inner_product(front_BWK, weights_WK))
                 rows.append(row | {"kl": kl_of(summary, found)})

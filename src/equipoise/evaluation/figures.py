@@ -233,7 +233,7 @@ def _front_points(ax: Axes, group: Sequence[_Placed], style: Style, key: str, i:
     for point, (x, y) in group:
         bar(ax, entry(point[key], i), y, style.colour, horizontal=True)
         bar(ax, entry(point[key], j), x, style.colour, horizontal=False)
-        url = {"url": f"point:{point['index']}"} if "index" in point else {}
+        url: dict[str, Any] = {"url": f"point:{point['index']}"} if "index" in point else {}
         ax.plot([x], [y], linestyle="none", **marker(style), **url, zorder=3)
 
 

@@ -53,7 +53,7 @@ def radar_figure(evaluation: Evaluation) -> str:
             shown.append((point["method"] + (f" n={n}" if n > 1 else ""), [g for g in gains if g is not None]))
     if len(names) <= 3 or not shown:
         return ""
-    every = [g for _, gains in shown for g in gains]
+    every = [g for _, found in shown for g in found]
     bottom, top = min([*every, -0.1]) - 0.15, max([*every, 0.1])
     angles = [2 * math.pi * k / len(names) for k in range(len(names) + 1)]
     rows = math.ceil(len(shown) / _COLUMNS)
@@ -61,8 +61,8 @@ def radar_figure(evaluation: Evaluation) -> str:
         axes = figure.subplots(rows, _COLUMNS, squeeze=False, subplot_kw={"projection": "polar"}).ravel()
         for ax in axes[len(shown) :]:
             ax.remove()
-        for ax, (name, gains) in zip(axes, shown, strict=False):
-            _radar(ax, name, names, angles, [*gains, gains[0]], (bottom, top))
+        for ax, (name, found) in zip(axes, shown, strict=False):
+            _radar(ax, name, names, angles, [*found, found[0]], (bottom, top))
         return svg(figure, "radar", "gains on every objective at equal weights, a panel per method")
 
 

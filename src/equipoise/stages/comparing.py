@@ -186,5 +186,5 @@ def _evaluate(config: Compare, plan: Mapping[str, Any], grid: Any, prompts: Any)
     page = config.out / "report.html"
     write_text(page, render_report(result, responses_of(points, {p.id: p for p in prompts})))
     if len(objectives) >= 2:
-        write_text(config.out / "front.svg", front_figure(result, *objectives[:2]))
+        write_text(config.out / "front.svg", front_figure(result, objectives[0], objectives[1]))
     return page
