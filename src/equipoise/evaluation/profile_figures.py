@@ -8,7 +8,7 @@ from typing import Any
 
 from equipoise.evaluation.drawing import Evaluation, canvas, entry, number, short, svg
 
-_COLUMNS = 3
+_COLUMNS = 2
 
 
 def distribution_figure(evaluation: Evaluation, k: int) -> str:
@@ -57,7 +57,7 @@ def radar_figure(evaluation: Evaluation) -> str:
     bottom, top = min([*every, -0.1]) - 0.15, max([*every, 0.1])
     angles = [2 * math.pi * k / len(names) for k in range(len(names) + 1)]
     rows = math.ceil(len(shown) / _COLUMNS)
-    with canvas(5.6, 0.1 + 1.95 * rows) as figure:
+    with canvas(4.0, 0.1 + 2.0 * rows) as figure:
         axes = figure.subplots(rows, _COLUMNS, squeeze=False, subplot_kw={"projection": "polar"}).ravel()
         for ax in axes[len(shown) :]:
             ax.remove()
