@@ -28,7 +28,9 @@ KL_BUDGET = 1.0
 
 def share_within(kl: float, budget: float) -> float:
     """a = min(1, budget / kl): how often the method may answer; NaN where the KL isn't known."""
-    return float(np.minimum(1.0, budget / kl)) if kl > 0 else 1.0 + 0 * kl
+    if np.isnan(kl):
+        return float("nan")
+    return min(1.0, budget / kl) if kl > 0 else 1.0
 
 
 def mixed_means(mean_PK: Real[np.ndarray, "P K"], reference_PK: Real[np.ndarray, "P K"], share: float) -> Float[np.ndarray, "P K"]:

@@ -1,7 +1,7 @@
 """The report's fronts: an overview, panels of methods that cost about the same, all brought to one KL, and two objectives at a time.
 
-A figure holds at most `MOST` methods beside the reference and its best-of-n; where there are more, the overview shows those that
-no other dominates, and the panels by cost show all of them.
+Where there are more than `MOST` methods beside the reference and its best-of-n, an overview shows those that no other dominates, and
+the panels by cost show all of them, `MOST` at a time.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _overview(points: Sequence[Point], key: str, pair: tuple[int, int]) -> tuple
     best = non_dominated(np.array(places, dtype=np.float64).reshape(-1, 2))
     kept = {p["method"] for p, stays in zip(found, best, strict=True) if stays}
     shown = [p for p in points if p["method"] in kept or p["method"] in _LADDER]
-    return shown, f" {len(methods) - len(kept)} methods are left out here: each of their points is below another method's on both axes."
+    left_out = len(methods) - len(kept)
+    return shown, f" Left out: {left_out} methods, each of whose points another method matches or beats on both axes." if left_out else ""
 
 
 def classes_section(evaluation: Evaluation) -> Html:
