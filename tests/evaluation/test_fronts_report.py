@@ -61,7 +61,8 @@ def test_an_overview_of_many_shows_what_no_other_dominates() -> None:
 def test_panels_by_cost_hold_all_methods_beside_best_of_their_n() -> None:
     made = evaluation(2 * MOST + 3)
     made["hypervolume"] = [{"method": f"m{i}", "value": float(i)} for i in range(2 * MOST + 3)]
-    panels = drawn(classes_section(made))
+    section = classes_section(made)
+    panels = drawn(section)
     even, odd = ([f"m{i}" for i in reversed(range(2 * MOST + 3)) if i % 2 == rest] for rest in (0, 1))
     expected = [
         {"reference", *even[:MOST]},
@@ -70,7 +71,7 @@ def test_panels_by_cost_hold_all_methods_beside_best_of_their_n() -> None:
         {"reference", "best-of-n", *odd[MOST:]},
     ]
     assert panels == [names for names in expected for _ in range(3)]
-    assert [t for t in re.findall(r"<h3>(.*?)</h3>", classes_section(made))] == [
+    assert re.findall(r"<h3>(.*?)</h3>", section) == [
         "About the cost of one plain response",
         "About the cost of 2 plain responses",
     ]
