@@ -21,7 +21,7 @@ HOSTILE = "</script><script>document.title = 'gone'</script><img src=x onerror=\
 NAN = float("nan")
 POINTS = [
     scored("reference", None, [(k, 1, 0) for k in (0, 1, 2, 3)], texts=["first", "second", "third", "fourth"]),
-    scored("soup", (1, 0, 0), [(1.234, NAN, 0), (2, 0, 0), (2, 0, 0), (3, 0, 0)], texts=[f"an answer {HOSTILE}", "", "c", "d"]),
+    scored("soup", (1, 0, 0), [(1.234, NAN, -0.5), (2, 0, 0), (2, 0, 0), (3, 0, 0)], texts=[f"an answer {HOSTILE}", "", "c", "d"]),
     scored("soup", (0.5, 0.5, 0), [(1, 1, 0), (1, 1, 0)], texts=["half one", "half two"]),
 ]
 ASKED = {p: Prompt(id=p, messages=({"role": "user", "content": f"question {p} {HOSTILE}"},)) for p in PROMPTS}
@@ -54,7 +54,7 @@ def test_the_page_carries_every_response_with_its_scores(page: str) -> None:
         [1, "fourth", [3, 1, 0]],
     ]
     first, *others = found["sources"]["soup/(1, 0, 0)"]
-    assert (first[0], first[2]) == (0, [1.23, None, 0])
+    assert (first[0], first[2]) == (0, [1.23, None, -0.5])
     assert others == [[0, "", [2, 0, 0]], [1, "c", [2, 0, 0]], [1, "d", [3, 0, 0]]]
     assert first[1] == "an answer " + HOSTILE.replace("\x00", "\ufffd").replace("\ud800", "\ufffd").replace("\u202e", "\ufffd")
     # the evaluation itself has none of it
@@ -133,7 +133,7 @@ def test_a_click_on_a_point_shows_what_it_said(opened: Any) -> None:
     said = shown(opened)
     assert [s[:10] for s in said] == ["question p", "an answer ", "(empty res", "question q", "c", "d"]
     assert "<img src=x onerror=" in said[1]
-    assert opened.locator("#responses .scores").first.text_content() == "helpful 1.23 · harmless – · brief 0.00"
+    assert opened.locator("#responses .scores").first.text_content() == "helpful 1.23 · harmless – · brief −0.50"
     assert opened.locator("#responses img, #responses script").count() == 0
     assert opened.title() == "t"
     opened.emulate_media(media="print")

@@ -43,7 +43,8 @@ if (dialog) {
       if (prompt !== last) add(list, "div", responses.prompts[prompt], "prompt").dir = "auto";
       last = prompt;
       const card = add(list, "article", "", "response");
-      const said = scores.map((score, k) => responses.names[k] + " " + (score === null ? "\\u2013" : score.toFixed(2)));
+      const written = (score) => score === null ? "\\u2013" : score.toFixed(2).replace("-", "\\u2212");
+      const said = scores.map((score, k) => responses.names[k] + " " + written(score));
       add(card, "div", said.join(" \\u00b7 "), "scores");
       add(card, "p", text || "(empty response)", text ? "" : "soft").dir = "auto";
     }
