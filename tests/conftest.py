@@ -18,6 +18,7 @@ install_import_hook(
         "equipoise.decoding.resampling",
         "equipoise.decoding.reward_guided",
         "equipoise.evaluation.between",
+        "equipoise.evaluation.budgets",
         "equipoise.evaluation.front",
         "equipoise.evaluation.front_metrics",
         "equipoise.evaluation.pairwise",

@@ -155,6 +155,11 @@ def simplex_grid(objectives: int, steps: int) -> list[tuple[float, ...]]:
     return sorted(points, reverse=True)
 
 
+def on_face(weights: Sequence[float] | None, objectives: Sequence[int]) -> bool:
+    """Whether all weight lies on these objectives; so it does where nothing is weighed."""
+    return not weights or sum(weights[k] for k in objectives) > 1 - 1e-9
+
+
 def random_weights(seed: Sequence[int], objectives: int, concentration: float = 1.0, grid: int = 0) -> tuple[float, ...]:
     """A point of the simplex, a function of the seed alone: from Dirichlet(p, .., p), p = `concentration`, or of the grid of 1/grid."""
     rng = np.random.default_rng(list(seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import moocore
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,6 +97,22 @@ def test_hypervolume_refuses_what_has_no_answer() -> None:
 def test_hypervolume_equals_a_sweep(points: np.ndarray) -> None:
     ref = np.array([-1.0, -0.5])
     assert hypervolume(points, ref) == pytest.approx(sweep(points, ref), abs=1e-12)
+
+
+@given(st.sampled_from([2, 3]).flatmap(lambda k: coordinates(k, most=20)))
+@settings(max_examples=60, deadline=None)
+def test_hypervolume_equals_moocore(points: np.ndarray) -> None:
+    """Up to 16 points in three objectives are swept here, more of them go to moocore."""
+    ref = np.array([-1.0, -0.5, -0.25])[: points.shape[1]]
+    assert hypervolume(points, ref) == pytest.approx(moocore.hypervolume(points, ref=ref, maximise=True), abs=1e-12)
+
+
+def test_hypervolume_of_three_objectives_by_hand() -> None:
+    # the block 3 x 1 x 1, on it the part of 1 x 2 x 2 that stands out: 1 x 2 x 2 less the shared 1 x 1 x 1
+    points = np.array([[3.0, 1.0, 1.0], [1.0, 2.0, 2.0], [NAN, 9.0, 9.0], [9.0, 0.0, 9.0]])
+    assert hypervolume(points, [0, 0, 0]) == pytest.approx(3 + 4 - 1)
+    many = np.stack([points, points[[1, 1, 2, 2]], points[[2, 3, 2, 3]]])
+    assert hypervolumes(many, [0, 0, 0]) == pytest.approx([6, 4, 0])
 
 
 @given(st.sampled_from([2, 3]).flatmap(coordinates), st.randoms(use_true_random=False), st.floats(0, 3))

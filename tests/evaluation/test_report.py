@@ -374,6 +374,12 @@ def test_methods_look_different_and_the_same_everywhere() -> None:
     assert styles["single-pass"] == method_styles(evaluation())["single-pass"]
 
 
+def test_twenty_unknown_methods_differ_in_black_and_white() -> None:
+    known = ["reference", "single-pass", "prefix", "best-of-n", "resampling"]
+    styles = method_styles({"points": [point(name, (1.0, 0.0), 1.0) for name in [*known, *(f"m{i}" for i in range(20))]]})
+    assert len({(style.marker, style.filled) for style in styles.values()}) == 25
+
+
 def test_importing_the_report_loads_no_plotting() -> None:
     code = "import sys, equipoise.evaluation.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

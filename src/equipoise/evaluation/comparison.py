@@ -11,14 +11,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from equipoise.evaluation.budgets import KL_BUDGET, at_budget, cost_class
 from equipoise.evaluation.evaluate import examples_of
-from equipoise.evaluation.methods import affordable, between_rows, ends, equal_length_rows, hypervolume_rows, method_rows
+from equipoise.evaluation.faces import face_rows
+from equipoise.evaluation.methods import (
+    affordable,
+    between_rows,
+    cost_of,
+    distribution_rows,
+    ends,
+    equal_length_rows,
+    hypervolume_rows,
+    method_rows,
+)
 from equipoise.evaluation.summary import Point, Summary, at_kl
 from equipoise.evaluation.sweep import read_point
 from equipoise.objectives import Normaliser
 from equipoise.types import Prompt
 
 Weights = tuple[float, ...]
+_NAMED = 4
+"""Most methods that a title names."""
 
 
 def comparison_of(
@@ -33,7 +46,7 @@ def comparison_of(
     """All figures of a comparison. `plan` is each method's weights; best-of-n is taken at every weight of `grid`.
 
     `measured`: methods beside which the reference runs only to measure them, so that its forwards aren't in their cost.
-    `settings`: best_of, each_best_of, ref_point, n_boot, examples, seed.
+    `settings`: best_of, each_best_of, ref_point, kl_budget, n_boot, examples, seed.
     """
     reference = read_point(folder, "reference", None)
     normaliser = Normaliser.fit(tuple(objectives), reference.reward_NK[:, : len(objectives)])
@@ -53,17 +66,20 @@ def comparison_of(
     methods = points | then
     named = methods | {f"best-of-{n}": found for n, found in ladder.items()}
     fronts = {"reference": [summary.reference]} | named
-    every = [summary.reference, *(p for found in named.values() for p in found)]
+    every = [(p, cost_class(ladder, cost_of(found))) for found in fronts.values() for p in found]
     shown = next(iter(scored.values()), [])
     return {
-        "title": " and ".join(objectives) + ": " + ", ".join(plan) + " on the same prompts",
+        "title": _listed(objectives) + f": {', '.join(plan) if len(plan) <= _NAMED else f'{len(plan)} methods'} on the same prompts",
         "objectives": list(objectives),
         "judges": list(summary.judges),
         "ref_point_K": ref_point,
-        "points": [summary.row(p) for p in every],
-        "front": [asdict(summary.front_point(p)) for p in every],
+        "points": [summary.row(p) | {"cost_class": n} for p, n in every],
+        "front": [asdict(summary.front_point(p)) for p, _ in every],
         "hypervolume": hypervolume_rows(summary, fronts, ref_point),
         "methods": method_rows(summary, fronts),
+        "faces": face_rows(summary, fronts, ref_point),
+        "at_kl": at_budget(summary, fronts, ref_point, settings.get("kl_budget", KL_BUDGET)),
+        "distributions": distribution_rows(summary, named),
         "between": between_rows(summary, methods, ladder, ref_point, settings["n_boot"]),
         "equal_length": equal_length_rows(summary, named),
         "equal_compute": _equal_compute(summary, methods, ladder),
@@ -71,6 +87,10 @@ def comparison_of(
         "examples": examples_of(prompts, reference, shown, normaliser, settings["examples"]),
         "normaliser": asdict(normaliser),
     }
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if len(names) > 1 else []), names[-1]])
 
 
 def _equal_compute(summary: Summary, methods: Mapping[str, Sequence[Point]], ladder: Mapping[int, Sequence[Point]]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Style:
     colour: str
     marker: str
     line: Any
+    filled: bool = True
+    """Whether the marker is full of its colour, or white within."""
 
 
 _STYLES = {
@@ -58,9 +61,12 @@ _STYLES = {
     "best-of-n": Style(colour="#D55E00", marker="^", line="-."),
     "resampling": Style(colour="#CC79A7", marker="D", line=":"),
 }
-# Five colours, four markers, five lines: no two of the first five unknown methods share a colour, nor of twenty colour and marker.
+# Five colours, twenty markers, five lines: no two of the first five unknown methods share a colour, nor of twenty a marker, so that
+# they can be told apart in black and white.
 _SPARE_COLOURS = ("#E69F00", "#56B4E9", "#5A5A5A", "#009E73", "#0072B2")
-_SPARE_MARKERS = ("v", "P", "*", "<")
+_SPARE_MARKERS = [(shape, True) for shape in "vP*<>pd"] + [(shape, False) for shape in "os^DvP*<>pdXh"]
+_SIZES = {"*": 8.5, "P": 7.0, "d": 7.0}
+"""Of thin markers, in points, so that they look as large as the others."""
 _SPARE_LINES = ((0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (7, 3)), (0, (2, 1)))
 
 
@@ -76,8 +82,9 @@ def method_styles(evaluation: Evaluation) -> dict[str, Style]:
 
 
 def _spare_style(i: int) -> Style:
-    pick = [choices[i % len(choices)] for choices in (_SPARE_COLOURS, _SPARE_MARKERS, _SPARE_LINES)]
-    return Style(colour=str(pick[0]), marker=str(pick[1]), line=pick[2])
+    marker, filled = _SPARE_MARKERS[i % len(_SPARE_MARKERS)]
+    line = _SPARE_LINES[i % len(_SPARE_LINES)]
+    return Style(colour=_SPARE_COLOURS[i % len(_SPARE_COLOURS)], marker=marker, line=line, filled=filled)
 
 
 def number(value: Any) -> float | None:
@@ -124,13 +131,17 @@ def canvas(width: float, height: float) -> Iterator[Figure]:
 
 
 def svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as one `<svg>` element that scales to its box, its ids prefixed with `name`; call it inside `canvas`."""
+    """The figure as one `<svg>` element that scales to its box, its ids prefixed with `name`; call it inside `canvas`.
+
+    An artist whose URL is "point:3" becomes a group with `data-point="3"`: a mark of the page, no link.
+    """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     head, body = text[text.index("<svg") :].split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
+    body = re.sub(r'<a xlink:href="point:(\d+)"[^>]*>(.*?)</a>', r'<g data-point="\1">\2</g>', body, flags=re.DOTALL)
     body = re.sub(r'\b(id|xlink:href)="(#?)', rf'\1="\2{name}-', body).replace("url(#", f"url(#{name}-")
     return f'{head} role="img" aria-label="{escape(short(description, 200))}">{body}'
 
@@ -144,8 +155,11 @@ def bar(ax: Axes, interval: Mapping[str, Any], other: float, colour: str, *, hor
 
 
 def marker(style: Style) -> dict[str, Any]:
-    """Keyword arguments of a method's marker, with a white rim that keeps crowded points apart."""
-    return {"marker": style.marker, "color": style.colour, "markeredgecolor": "white", "markeredgewidth": 0.5}
+    """Keyword arguments of a method's marker; a full one has a white rim that keeps crowded points apart."""
+    look: dict[str, Any] = {"marker": style.marker, "color": style.colour, "markersize": _SIZES.get(style.marker, 5.5)}
+    if style.filled:
+        return look | {"markeredgecolor": "white", "markeredgewidth": 0.5}
+    return look | {"markerfacecolor": "white", "markeredgecolor": style.colour, "markeredgewidth": 1.2}
 
 
 def legend(figure: Figure, evaluation: Evaluation, methods: Iterable[str]) -> None:
@@ -155,9 +169,18 @@ def legend(figure: Figure, evaluation: Evaluation, methods: Iterable[str]) -> No
     styles, names = method_styles(evaluation), list(dict.fromkeys(methods))
     lines = ["none" if name == "reference" else styles[name].line for name in names]
     handles = [Line2D([], [], linestyle=line, linewidth=1.3, **marker(styles[name])) for name, line in zip(names, lines, strict=True)]
-    labels = [short(name, 20) for name in names]
-    columns = 3 if max(map(len, labels)) <= 12 else 2
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.4)
+    figure.legend(handles, [_wrapped(name) for name in names], loc="outside lower center", ncols=2, handlelength=3.4)
+
+
+def legend_height(methods: Iterable[str]) -> float:
+    """About how many inches `legend` takes."""
+    lines = [_wrapped(name).count("\n") + 1 for name in dict.fromkeys(methods)]
+    half = (len(lines) + 1) // 2
+    return 0.1 + 0.165 * max(sum(lines[:half]), sum(lines[half:]))
+
+
+def _wrapped(name: str) -> str:
+    return "\n".join(textwrap.wrap(short(name, 44), 22))
 
 
 def log_ticks(ax: Axes) -> None:

@@ -17,6 +17,7 @@ from equipoise.evaluation.drawing import (
     canvas,
     entry,
     legend,
+    legend_height,
     log_ticks,
     marker,
     method_styles,
@@ -25,6 +26,7 @@ from equipoise.evaluation.drawing import (
     short,
     svg,
 )
+from equipoise.objectives import on_face
 from equipoise.types import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ _Placed = tuple[Point, tuple[float, float]]
 
 _WIDTH = 4.0
 """Inches. A little less than a phone's width, so that text is as large there as that of the page's notes."""
+MANY_POINTS = 60
+"""More points than this don't stand side by side in one figure."""
 _HALO = {"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.65}
 _NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": "0.25", "zorder": 5, "bbox": _HALO}
 
@@ -44,18 +48,22 @@ def own_objective(point: Point) -> int | None:
     return next((k for k, w in enumerate(point.get("weights") or []) if w > 1 - 1e-9), None)
 
 
-def front_figure(evaluation: Evaluation, x: str, y: str) -> str:
+def front_figure(evaluation: Evaluation, x: str, y: str, points: Sequence[Point] | None = None, name: str = "") -> str:
     """Points of each method on two objectives (or two judges), with 95 % interval bars and a line along the weights.
 
-    `x` and `y` name two of the evaluation's objectives or two of its judges. A line joins the points whose weight lies
-    on the drawn objectives only, so with more than two objectives it is one edge of the simplex. Raises `UserError` for
-    an unknown name.
+    `x` and `y` name two of the evaluation's objectives or two of its judges. With more than two objectives only the points
+    whose weight lies on the two drawn ones are shown, one edge of the simplex, and for judges those with all weight on one.
+    `points`: which to draw, None for the evaluation's; a method looks the same whatever stands beside it. One that has an
+    `index` is marked with it (`drawing.svg`). `name` tells several figures of one page apart. Raises `UserError` for an
+    unknown objective or judge.
     """
     key, i, j = _axes_of(evaluation, x, y)
-    placed = [(p, place) for p in evaluation.get("points") or [] if (place := _place(p, key, i, j)) is not None]
+    every = evaluation.get("points") or [] if points is None else points
+    shown = [p for p in every if drawn_on(p, key, (i, j))]
+    placed = [(p, place) for p in shown if (place := _place(p, key, i, j)) is not None]
     if not placed:
         return ""
-    with canvas(_WIDTH, 3.9) as figure:
+    with canvas(_WIDTH, 3.4 + legend_height(p["method"] for p, _ in placed)) as figure:
         ax = figure.add_subplot()
         styles, series = method_styles(evaluation), list(_series(placed))
         named = max(range(len(series)), key=lambda s: (sum(bool(p.get("weights")) for p, _ in series[s][2]), -s))
@@ -75,7 +83,13 @@ def front_figure(evaluation: Evaluation, x: str, y: str) -> str:
         if key == "reward":
             _mark_origin(ax, any(p["method"] == "reference" for p, _ in placed))
         legend(figure, evaluation, (p["method"] for p, _ in placed))
-        return svg(figure, f"front-{key}-{i}-{j}", f"{x} against {y}, a point for each method and its weights")
+        return svg(figure, f"front-{key}-{i}-{j}{name}", f"{x} against {y}, a point for each method and its weights")
+
+
+def drawn_on(point: Point, key: str, pair: tuple[int, int]) -> bool:
+    """Whether a front on these two axes shows the point: its weights lie on the two objectives; beside judges, on one of several."""
+    weights = point.get("weights") or []
+    return on_face(weights, pair) if key == "reward" else len(weights) <= 2 or own_objective(point) is not None
 
 
 def gain_per_nat_figure(evaluation: Evaluation, objectives: Sequence[str] | None = None) -> str:
@@ -92,8 +106,13 @@ def gain_per_compute_figure(evaluation: Evaluation, objectives: Sequence[str] | 
 
 
 def bars_figure(evaluation: Evaluation) -> str:
-    """Rewards, length and refusal rate beside each other, a row per point: what a gain may have been bought with."""
+    """Rewards, length and refusal rate beside each other, a row per point: what a gain may have been bought with.
+
+    Of more than `MANY_POINTS` points only those with all weight on one objective, and the reference.
+    """
     points = list(evaluation.get("points") or [])
+    if len(points) > MANY_POINTS:
+        points = [p for p in points if not p.get("weights") or own_objective(p) is not None]
     columns = [("words", "words", 1), ("refusals", "refusals, %", 100)]
     columns = [c for c in columns if any(number(p.get(c[0])) is not None for p in points)]
     if not columns:
@@ -119,7 +138,7 @@ def _bars(ax: Axes, values: Sequence[float | None], scale: float, styles: Sequen
             ax.barh(row, scale * value, height=0.62, color=style.colour)
         text = "–" if value is None else f"{scale * value:.0f}"
         ax.annotate(text, (scale * (value or 0), row), xytext=(2, 0), va="center", **_NOTE)
-    ax.set_xlim(0, 1.3 * max([scale * v for v in values if v is not None] + [1e-9]))
+    ax.set_xlim(0, 1.3 * max([scale * v for v in values if v is not None] + [1.0]))
 
 
 def _reward_dots(ax: Axes, objectives: Sequence[str], points: Sequence[Point]) -> None:
@@ -153,11 +172,12 @@ def _gain_figure(evaluation: Evaluation, objectives: Sequence[str] | None, key: 
             panels.append((k, placed))
     if not panels:
         return ""
-    with canvas(_WIDTH, 0.6 + 2.6 * len(panels)) as figure:
+    named = [p["method"] for _, placed in panels for p, _ in placed]
+    with canvas(_WIDTH, 0.2 + 2.6 * len(panels) + legend_height(named)) as figure:
         for ax, (k, placed) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             _gain_panel(ax, placed, method_styles(evaluation), k, key)
             ax.set(title=f"all weight on {short(names[k])}", xlabel=label, ylabel=f"gain in {short(names[k], 20)}, sd")
-        legend(figure, evaluation, (p["method"] for _, placed in panels for p, _ in placed))
+        legend(figure, evaluation, named)
         return svg(figure, f"gain-{key}-{'-'.join(str(k) for k, _ in panels)}", f"gain over the reference against {label}")
 
 
@@ -213,7 +233,8 @@ def _front_points(ax: Axes, group: Sequence[_Placed], style: Style, key: str, i:
     for point, (x, y) in group:
         bar(ax, entry(point[key], i), y, style.colour, horizontal=True)
         bar(ax, entry(point[key], j), x, style.colour, horizontal=False)
-        ax.plot([x], [y], linestyle="none", **marker(style), zorder=3)
+        url: dict[str, Any] = {"url": f"point:{point['index']}"} if "index" in point else {}
+        ax.plot([x], [y], linestyle="none", **marker(style), **url, zorder=3)
 
 
 def _on_edge(point: Point, objectives: Sequence[str], key: str, i: int, j: int) -> bool:
@@ -221,20 +242,23 @@ def _on_edge(point: Point, objectives: Sequence[str], key: str, i: int, j: int) 
     weights = point.get("weights")
     if not weights or (key == "judge" and len(objectives) > 2):
         return False
-    return len(objectives) == 2 or weights[i] + weights[j] > 1 - 1e-9
+    return len(objectives) == 2 or on_face(weights, (i, j))
 
 
 def _name_ends(ax: Axes, line: Sequence[_Placed], objectives: Sequence[str]) -> None:
     """Write "all helpful" over or under all points, tied to an end of the line that holds all of the weight."""
     low, high = ax.dataLim.y0, ax.dataLim.y1
+    above: list[bool] = []
     for end, beside in ((0, 1), (-1, -2)) if len(line) > 1 else ():
         point, (x, y) = line[end]
         k = own_objective(point)
         if k is not None:
+            # Two names on one side would lie on each other.
+            above.append(not above[0] if above else y >= line[beside][1][1])
             ax.annotate(
                 f"all {short(objectives[k], 16)}",
                 (x, y),
-                xytext=(x, high + 0.06 * (high - low) if y >= line[beside][1][1] else low - 0.06 * (high - low)),
+                xytext=(x, high + 0.06 * (high - low) if above[-1] else low - 0.06 * (high - low)),
                 ha="right" if x >= line[beside][1][0] else "left",
                 va="center",
                 fontweight="bold",

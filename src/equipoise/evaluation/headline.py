@@ -13,9 +13,9 @@ _LISTED = 4
 
 
 def headline(evaluation: Evaluation) -> list[str]:
-    """Up to three sentences; none where nothing was scored."""
+    """Up to three sentences; none where nothing was scored. Of many methods the best are named, of few every gain."""
     found = [
-        _ends(evaluation),
+        _best(evaluation) or _ends(evaluation),
         _comparison("At equal compute", evaluation.get("equal_compute") or [], "cost", "× a plain response"),
         _comparison("At equal KL", evaluation.get("equal_kl") or [], "kl", " nats"),
     ]
@@ -40,6 +40,29 @@ def our_method(evaluation: Evaluation) -> str | None:
     named = [p["method"] for p in points if p["method"] in ours or p["label"] in ours]
     methods = [p["method"] for p in points if p["method"] != "reference"]
     return next(iter(named + ["single-pass"] * ("single-pass" in methods) + methods), None)
+
+
+def _best(evaluation: Evaluation) -> str:
+    """The largest hypervolume in each class of cost, beside best-of-n's; "" of few methods and where there are no classes."""
+    classes = {p["method"]: p["cost_class"] for p in evaluation.get("points") or [] if p.get("cost_class")}
+    value = {r["method"]: r for r in evaluation.get("hypervolume") or [] if number(r.get("value")) is not None}
+    rows = sorted((r for name, r in value.items() if name in classes and name != "reference"), key=lambda r: -r["value"])
+    if len(rows) <= _LISTED:
+        return ""
+    clauses = []
+    for n in sorted({classes[row["method"]] for row in rows}):
+        best = next(row for row in rows if classes[row["method"]] == n)
+        plain = "reference" if n == 1 else f"best-of-{n}"
+        beside = f"; {plain} {decimal(value[plain]['value'])}" if plain in value else ""
+        clauses.append(
+            f"{best['method']} at about the cost of {plain_responses(n)} ({decimal(best['value'])}, {_range(best, sign=False)}{beside})"
+        )
+    return f"Largest hypervolume of {len(rows)} methods: {_listing(clauses, ', ')}."
+
+
+def plain_responses(n: int) -> str:
+    """ "one plain response", "4 plain responses"."""
+    return "one plain response" if n == 1 else f"{n} plain responses"
 
 
 def _ends(evaluation: Evaluation) -> str:
@@ -70,10 +93,24 @@ def _comparison(opening: str, rows: Sequence[Mapping[str, Any]], key: str, unit:
     behind = ", ".join(f"{row['other']} on {row['objective']} at {decimal(row.get(key))}{unit}" for row in lost[:_LISTED])
     more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
     names = list(dict.fromkeys(row["ours"] for row in scored))
+    if len(names) > _LISTED:
+        return _tally(opening, names, scored)
     return (
         f"{opening}, {_listing(names, ', ')} {'is' if len(names) == 1 else 'are'} "
         f"ahead in {ours} of {len(scored)} comparisons, behind in {len(lost)}"
         f"{f' ({behind}{more})' if lost else ''} and undecided in {len(scored) - ours - len(lost)}."
+    )
+
+
+def _tally(opening: str, names: Sequence[str], scored: Sequence[Mapping[str, Any]]) -> str:
+    """What many methods won and lost, and which of them won everywhere."""
+    said = [(row["ours"], verdict(row) == row["ours"], verdict(row) == row["other"]) for row in scored]
+    won, lost = (sum(side) for side in list(zip(*said, strict=True))[1:])
+    everywhere = [name for name in names if all(ahead for ours, ahead, _ in said if ours == name)]
+    shown = [*everywhere[:_LISTED], *([f"{len(everywhere) - _LISTED} more"] if len(everywhere) > _LISTED else [])]
+    return (
+        f"{opening} with best-of-n, {len(names)} methods are ahead in {won} of {len(scored)} comparisons, behind in {lost} and "
+        f"undecided in {len(scored) - won - lost}." + (f" Ahead wherever compared: {_listing(shown, ', ')}." if shown else "")
     )
 
 
@@ -90,8 +127,8 @@ def _clause(row: Mapping[str, Any], key: str, unit: str) -> str:
     return f"{winner} is ahead of {loser} on {row['objective']} {place} by {decimal(won['mean'])} sd, {_range(won)}"
 
 
-def _range(estimate: Mapping[str, Any]) -> str:
-    return f"95\u00a0% interval {decimal(estimate.get('lo'), sign=True)} to {decimal(estimate.get('hi'), sign=True)}"
+def _range(estimate: Mapping[str, Any], sign: bool = True) -> str:
+    return f"95\u00a0% interval {decimal(estimate.get('lo'), sign=sign)} to {decimal(estimate.get('hi'), sign=sign)}"
 
 
 def _listing(parts: Sequence[str], separator: str) -> str:

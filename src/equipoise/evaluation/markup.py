@@ -26,11 +26,16 @@ class Html(str):
     """Text that is HTML already; everything else is escaped where it meets a page."""
 
 
+def printable(value: str) -> str:
+    """The text with U+FFFD for what a page can't hold or what turns the direction of text."""
+    return _UNPRINTABLE.sub("\ufffd", value)
+
+
 def text(value: object) -> Html:
     """Escaped text; HTML stays as it is, None is an en dash."""
     if isinstance(value, Html):
         return value
-    return Html(html.escape(_UNPRINTABLE.sub("\ufffd", MISSING if value is None else str(value))))
+    return Html(html.escape(printable(MISSING if value is None else str(value))))
 
 
 def element(tag: str, *children: object, **attributes: str) -> Html:
@@ -98,6 +103,17 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], groups: Sequ
     over = element("tr", *(element("th", title, colspan=str(span), scope="colgroup") for title, span in groups)) if groups else ""
     top = element("thead", over, element("tr", *(element("th", cell, scope="col") for cell in head)))
     return element("div", element("table", top, element("tbody", *body)), class_="scroll", tabindex="0", role="region", aria_label=name)
+
+
+def figures(*drawn: tuple[str, object]) -> Html:
+    """(SVG, caption) pairs side by side where there is room; empty ones are left out."""
+    cards = [element("figure", element("div", Html(svg)), element("figcaption", caption)) for svg, caption in drawn if svg]
+    return element("div", *cards, class_="figures") if cards else Html("")
+
+
+def folded(title: object, *parts: object) -> Html:
+    """Parts that open under their title; printed as they stand."""
+    return element("details", element("summary", title), *parts)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

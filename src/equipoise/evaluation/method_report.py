@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from equipoise.evaluation.drawing import Evaluation, entry, number
-from equipoise.evaluation.markup import Html, decimal, element, interval, join, multiple, note, percent, pvalue, table
+from equipoise.evaluation.markup import Html, decimal, element, folded, interval, join, multiple, note, percent, pvalue, table
 from equipoise.rewards.text import REPETITIVE
 
+_PAIRS = 15
+"""Most pairs of methods that stand open; of more, each method beside best-of-n does and the rest are folded."""
+_RUNG = re.compile(r"best-of-\d+")
 _FRONT = (
     "Means over a method's weights, in standard deviations of the reference's rewards, with 95\u00a0% intervals over prompts. The "
     "mean inner product is the reward as the weights weigh it (larger is better); epsilon is what must be added to every reward for "
@@ -130,9 +134,15 @@ def between_section(evaluation: Evaluation) -> Html:
          *(_tested(entry(r.get("metrics"), m)) for m in range(len(names)))]
         for r in between
     ]  # fmt: skip
+    head = ["difference between", "cost", "points", *names]
+    if len(rows) <= _PAIRS:
+        return join(note(_BETWEEN), table(head, rows, name="Methods side by side"))
+    plain = [bool(_RUNG.fullmatch(r["other"])) for r in between]
+    beside, others = ([row for row, is_rung in zip(rows, plain, strict=True) if is_rung == side] for side in (True, False))
     return join(
         note(_BETWEEN),
-        table(["difference between", "cost", "points", *names], rows, name="Methods side by side"),
+        table(head, beside, name="Methods beside best-of-n"),
+        folded(f"{len(others)} pairs of methods", table(head, others, name="Methods side by side")) if others else "",
     )
 
 

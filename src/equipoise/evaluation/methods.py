@@ -32,6 +32,8 @@ OTHER_REF_POINTS = (-0.5, 0.5)
 """By how much the reference point is moved on every objective to show how far the hypervolume hangs on it."""
 COMPARED = ("hypervolume", "mean inner product", "regret", "sparsity", "spacing", "KL")
 """What two methods are tested on."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Which quantiles of the rewards of responses are kept."""
 
 
 def ends(points: Sequence[Point]) -> list[tuple[int, Point]]:
@@ -43,33 +45,33 @@ def hypervolume_rows(summary: Summary, named: Mapping[str, Sequence[Point]], ref
     """Each method's hypervolume above the reference point, with what it is above two others; cheapest first."""
     rows = []
     for name, points in named.items():
-        front_BWK = _resampled(summary, points)
+        front_BWK = resampled(summary, points)
         value, lo, hi = interval_of(hypervolumes(front_BWK, ref_point_K))
         others = [[r + step for r in ref_point_K] for step in OTHER_REF_POINTS]
-        moved = [{"ref_point_K": ref} | _estimate(hypervolumes(front_BWK, ref)) for ref in others]
-        row = {"method": name, "cost": _cost(points), "value": value, "lo": lo, "hi": hi, "points": len(points)}
+        moved = [{"ref_point_K": ref} | estimate(hypervolumes(front_BWK, ref)) for ref in others]
+        row = {"method": name, "cost": cost_of(points), "value": value, "lo": lo, "hi": hi, "points": len(points)}
         rows.append(row | {"at": moved})
     return sorted(rows, key=lambda row: row["cost"])
 
 
 def method_rows(summary: Summary, named: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
     """Each method's metrics, price and slips; epsilon is to the front of all of them together, whatever they cost. Cheapest first."""
-    fronts = {name: _resampled(summary, points) for name, points in named.items()}
+    fronts = {name: resampled(summary, points) for name, points in named.items()}
     union_BRK = np.concatenate(list(fronts.values()), axis=1)
     rows = []
     for name, points in named.items():
-        front_BWK, weights_WK = fronts[name], _weights(points, len(summary.objectives))
-        row: dict[str, Any] = {"method": name, "cost": _cost(points), "points": len(points)}
-        row["mean_inner_product"] = _estimate(mean_inner_product(front_BWK, weights_WK))
-        row["regret"] = _estimate(mean_regret(front_BWK, weights_WK))
-        row["epsilon"] = _estimate(additive_epsilon(front_BWK, union_BRK))
-        row |= {"sparsity": _estimate(sparsity(front_BWK)), "spacing": _estimate(spacing(front_BWK))}
+        front_BWK, weights_WK = fronts[name], weights_of(points, len(summary.objectives))
+        row: dict[str, Any] = {"method": name, "cost": cost_of(points), "points": len(points)}
+        row["mean_inner_product"] = estimate(mean_inner_product(front_BWK, weights_WK))
+        row["regret"] = estimate(mean_regret(front_BWK, weights_WK))
+        row["epsilon"] = estimate(additive_epsilon(front_BWK, union_BRK))
+        row |= {"sparsity": estimate(sparsity(front_BWK)), "spacing": estimate(spacing(front_BWK))}
         for key, value_BK in (
             ("spread", spread(front_BWK)),
             ("follows", follows(front_BWK, weights_WK)),
             ("violations", violations(front_BWK, weights_WK)),
         ):
-            row[key] = [_estimate(value_BK[:, k]) for k in range(value_BK.shape[1])]
+            row[key] = [estimate(value_BK[:, k]) for k in range(value_BK.shape[1])]
         rows.append(row | _price(summary, points))
     return sorted(rows, key=lambda row: row["cost"])
 
@@ -79,7 +81,6 @@ def _price(summary: Summary, points: Sequence[Point]) -> dict[str, Any]:
 
     `seconds` of sampling are NaN where a point's weren't measured, and so is `peak_memory`, in GiB: the largest of its points.
     """
-    kl_BW1 = resampled_front(np.stack([p.kl_P for p in points])[..., None], summary.indices)
     mean = {
         key: float(np.mean([getattr(p, key) for p in points])) for key in ("kl_floor", "base_forwards", "guide_forwards", "reward_calls")
     }
@@ -88,7 +89,7 @@ def _price(summary: Summary, points: Sequence[Point]) -> dict[str, Any]:
     peaks = [p.peak_bytes for p in points if p.peak_bytes is not None]
     mean["seconds"] = float(np.mean(seconds)) if len(seconds) == len(points) else float("nan")
     mean["peak_memory"] = max(peaks) / 2**30 if len(peaks) == len(points) else float("nan")
-    return {"kl": _estimate(kl_BW1[:, :, 0].mean(axis=1)), **mean, **total}
+    return {"kl": kl_of(summary, points), **mean, **total}
 
 
 def between_rows(
@@ -101,7 +102,7 @@ def between_rows(
     """
     rows = [_between(summary, a, b, methods[a], methods[b], ref_point_K, n) for a, b in itertools.combinations(methods, 2)]
     for name, points in methods.items():
-        rung = affordable(ladder, _cost(points))
+        rung = affordable(ladder, cost_of(points))
         others = ladder[rung] if rung > 1 else [replace(summary.reference, weights=p.weights) for p in points]
         rows.append(_between(summary, name, f"best-of-{rung}", points, others, ref_point_K, n))
     return [row for row in rows if row["points"]]
@@ -117,11 +118,11 @@ def _between(
 ) -> dict[str, Any]:
     theirs = {_rounded(p): p for p in b if p.weights}
     pairs = [(p, theirs[_rounded(p)]) for p in a if _rounded(p) in theirs]
-    row: dict[str, Any] = {"ours": ours, "other": other, "points": len(pairs), "cost": _cost(a), "other_cost": _cost(b), "metrics": []}
+    row: dict[str, Any] = {"ours": ours, "other": other, "points": len(pairs), "cost": cost_of(a), "other_cost": cost_of(b), "metrics": []}
     if not pairs:
         return row
     objectives = len(summary.objectives)
-    weights_WK, steered = _weights([p for p, _ in pairs], objectives), b[0].method != summary.reference.method
+    weights_WK, steered = weights_of([p for p, _ in pairs], objectives), b[0].method != summary.reference.method
 
     def metrics(mean_NS: np.ndarray) -> np.ndarray:
         front = mean_NS[:, : weights_WK.size].reshape(-1, *weights_WK.shape)
@@ -134,8 +135,25 @@ def _between(
     difference_BM = metrics(a_BS) - metrics(b_BS)
     p_M = swap_pvalues(a_PS, b_PS, metrics, n, summary.seed)
     for m, (name, adjusted) in enumerate(zip(COMPARED, holm(p_M), strict=True)):
-        row["metrics"].append({"name": name, "difference": _estimate(difference_BM[:, m]), "p": float(p_M[m]), "p_holm": float(adjusted)})
+        row["metrics"].append({"name": name, "difference": estimate(difference_BM[:, m]), "p": float(p_M[m]), "p_holm": float(adjusted)})
     return row
+
+
+def distribution_rows(summary: Summary, named: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
+    """Per objective the quantiles `QUANTILES` of the rewards of single responses: each method's with all weight on it, the
+    reference's, in standard deviations of the reference's. Unscored responses are left out."""
+    rows = []
+    for k, objective in enumerate(summary.objectives):
+        shown = {"reference": summary.reference} | {
+            name: dict(ends(points))[k] for name, points in named.items() if k in dict(ends(points))
+        }
+        found = []
+        for name, point in shown.items():
+            scored = point.z_PSK[..., k][np.isfinite(point.z_PSK[..., k])]
+            quantiles = np.quantile(scored, QUANTILES).tolist() if len(scored) else None
+            found.append({"method": name, "cost": point.cost, "responses": len(scored), "quantiles": quantiles})
+        rows.append({"objective": objective, "levels": list(QUANTILES), "methods": found})
+    return rows
 
 
 def _rounded(point: Point) -> tuple[float, ...]:
@@ -159,24 +177,32 @@ def equal_length_rows(summary: Summary, named: Mapping[str, Sequence[Point]]) ->
                 at_equal_BD = equal_length_difference(
                     point.z_PSK[..., column], point.length_PS, reference.z_PSK[..., column], reference.length_PS, summary.indices
                 )
-                found = {"gain": summary.gain(point, column), "equal_length": _estimate(at_equal_BD[:, 0])}
-                gains.append({"name": summary.names[column], **found, "slope": _estimate(at_equal_BD[:, 1])})
+                found = {"gain": summary.gain(point, column), "equal_length": estimate(at_equal_BD[:, 0])}
+                gains.append({"name": summary.names[column], **found, "slope": estimate(at_equal_BD[:, 1])})
             rows.append({"method": name, "objective": summary.objectives[k], "words": point.words, "gains": gains})
     return rows
 
 
-def _resampled(summary: Summary, points: Sequence[Point]) -> np.ndarray:
-    return resampled_front(np.stack([p.z_PK[:, : len(summary.objectives)] for p in points]), summary.indices)
+def resampled(summary: Summary, points: Sequence[Point], columns: Sequence[int] | slice = slice(None)) -> np.ndarray:
+    """The points' means of the objectives `columns`, of the data and of resampled prompts, [1 + n_boot, W, K]."""
+    return resampled_front(np.stack([p.z_PK[:, : len(summary.objectives)][:, columns] for p in points]), summary.indices)
 
 
-def _weights(points: Sequence[Point], objectives: int) -> np.ndarray:
+def weights_of(points: Sequence[Point], objectives: int) -> np.ndarray:
     """[W, K]; NaN of a point without weights, the reference's, so that nothing is asked of it."""
     return np.array([p.weights or [np.nan] * objectives for p in points])
 
 
-def _cost(points: Sequence[Point]) -> float:
+def kl_of(summary: Summary, points: Sequence[Point]) -> dict[str, float]:
+    """The mean over the points of the KL, nats per response."""
+    return estimate(resampled_front(np.stack([p.kl_P for p in points])[..., None], summary.indices)[:, :, 0].mean(axis=1))
+
+
+def cost_of(points: Sequence[Point]) -> float:
+    """What a method's response costs, the mean over its points."""
     return float(np.mean([p.cost for p in points]))
 
 
-def _estimate(value_B: np.ndarray) -> dict[str, float]:
+def estimate(value_B: np.ndarray) -> dict[str, float]:
+    """{mean, lo, hi} from an estimate in element 0 and its bootstrap in the rest."""
     return dict(zip(("mean", "lo", "hi"), interval_of(value_B), strict=True))

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 from equipoise.evaluation.drawing import Evaluation, Point, entry, number, point_names, weights_text
-from equipoise.evaluation.figures import bars_figure, front_figure, gain_per_compute_figure, gain_per_nat_figure
+from equipoise.evaluation.figures import bars_figure, gain_per_compute_figure, gain_per_nat_figure
+from equipoise.evaluation.fronts_report import at_kl_section, classes_section, faces_section, front_section
 from equipoise.evaluation.headline import headline, verdict
 from equipoise.evaluation.markup import (
     Html,
     decimal,
     element,
     embedded_json,
+    figures,
     flatten,
     interval,
     join,
@@ -32,10 +33,11 @@ from equipoise.evaluation.markup import (
     text,
 )
 from equipoise.evaluation.method_report import between_section, equal_length_table, hypervolume_section, methods_section, slips_table
+from equipoise.evaluation.profile_figures import distribution_figure, radar_figure
+from equipoise.evaluation.responses import SCRIPT, Responses, dialog, marked, opener
 from equipoise.evaluation.win_rates import win_rates_section
 
 _EXAMPLES = 3
-_PAIRS = 6
 _SCRIPT = """
 const button = document.getElementById("download");
 button.hidden = false;
@@ -47,16 +49,23 @@ button.addEventListener("click", () => {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 });
 """
+_SCRIPT += SCRIPT
 
 
-def render_report(evaluation: dict[str, Any]) -> str:
+def render_report(evaluation: dict[str, Any], responses: Responses | None = None) -> str:
     """The page as text; the evaluation itself is embedded as JSON and can be saved through a button.
 
+    With `responses` (`responses.responses_of`) a click on a point, in the table or in a figure, shows what it said.
     Floats that are None or NaN are unscored and shown as an en dash. Raises `KeyError` where `title`, `model` or
     `objectives` is missing, or a point's `method` or `label`.
     """
+    data, evaluation = evaluation, marked(evaluation, responses) if responses else evaluation
     sections = [
-        ("front", "The front", _front(evaluation)),
+        ("front", "The front", front_section(evaluation)),
+        ("classes", "At about the same cost", classes_section(evaluation)),
+        ("at_kl", "At the same KL", at_kl_section(evaluation)),
+        ("faces", "Two objectives at a time", faces_section(evaluation)),
+        ("profile", "All objectives at equal weights", _profile(evaluation)),
         ("points", "All points", _points(evaluation)),
         ("hypervolume", "Hypervolume", hypervolume_section(evaluation)),
         ("methods", "Metrics of the fronts", methods_section(evaluation)),
@@ -64,6 +73,7 @@ def render_report(evaluation: dict[str, Any]) -> str:
         ("equal", "At equal KL and at equal compute", _equal(evaluation)),
         ("win_rates", "Win rates before a judge", win_rates_section(evaluation)),
         ("gain", "What a nat and a token buy", _gain(evaluation)),
+        ("distributions", "What single responses are worth", _distributions(evaluation)),
         ("gaming", "Length and refusals", _gaming(evaluation)),
         ("examples", "Examples", _examples(evaluation)),
         ("values", "Quality of the value heads", _values(evaluation)),
@@ -80,7 +90,8 @@ def render_report(evaluation: dict[str, Any]) -> str:
         element("nav", *links, aria_label="Sections") if links else "",
         Html('<button id="download" type="button" hidden>Save the data (JSON)</button>'),
         *(element("section", element("h2", title), content, id=name) for name, title, content in shown),
-        Html(f'<script id="evaluation" type="application/json">{embedded_json(evaluation)}</script>'),
+        Html(f'<script id="evaluation" type="application/json">{embedded_json(data)}</script>'),
+        dialog(responses) if responses else "",
         Html(f"<script>{_SCRIPT}</script>"),
     ]
     opening = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *_head(evaluation), "</head>", "<body>"]
@@ -100,27 +111,11 @@ def _head(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def _figures(*drawn: tuple[str, str]) -> Html:
-    """(SVG, caption) pairs side by side where there is room; empty ones are left out."""
-    cards = [element("figure", element("div", Html(svg)), element("figcaption", caption)) for svg, caption in drawn if svg]
-    return element("div", *cards, class_="figures") if cards else Html("")
-
-
 def _headline(evaluation: Evaluation) -> Html:
     sentences = headline(evaluation)
     if not sentences:
         return Html("")
     return element("section", element("h2", "What was found"), *(element("p", s) for s in sentences), class_="headline", id="headline")
-
-
-def _front(evaluation: Evaluation) -> Html:
-    drawn = []
-    rewards = "Rewards that were optimised. Up and right is better; bars are 95 % intervals over prompts, a line runs along the weights."
-    judges = "Judges that no method saw. Gains on the rewards that don't show here suggest that the rewards were gamed."
-    for names, caption in ((evaluation["objectives"], rewards), (evaluation.get("judges") or [], judges)):
-        pairs = itertools.islice(itertools.combinations(names, 2), _PAIRS)
-        drawn += [(front_figure(evaluation, x, y), caption) for x, y in pairs]
-    return _figures(*drawn)
 
 
 def _points(evaluation: Evaluation) -> Html:
@@ -141,6 +136,11 @@ def _points(evaluation: Evaluation) -> Html:
             "gain is the difference to the reference on the same prompts. The floor is the KL of keeping only the likeliest tokens, which "
             "every method pays; it isn't part of the KL beside it. Cost 1 is one plain response, in "
             "tokens read; the reference beside a tuned policy only measures it and isn't counted. – is unscored, not 0."
+            + (
+                " A method's name, or its marker in a figure above, opens the responses behind the point."
+                if any("index" in p for p in points)
+                else ""
+            )
         ),
         found,
     )
@@ -149,8 +149,13 @@ def _points(evaluation: Evaluation) -> Html:
 def _point_row(point: Point, name: str, objectives: int, judges: int) -> list[object]:
     candidates = point.get("n_candidates") or 1
     ambiguous = name == point["label"] != point["method"]
+    shown = " ".join(part for part in (name, weights_text(point.get("weights")) if ambiguous else "") if part)
     return [
-        join(point["method"], f", n\u00a0=\u00a0{candidates}" if candidates > 1 else "", element("small", name) if ambiguous else ""),
+        join(
+            opener(point, shown) if "index" in point else point["method"],
+            f", n\u00a0=\u00a0{candidates}" if candidates > 1 else "",
+            element("small", name) if ambiguous else "",
+        ),
         weights_text(point.get("weights")),
         *(interval(entry(point.get("reward"), k)) for k in range(objectives)),
         *(interval(entry(point.get("gain"), k), sign=True) for k in range(objectives)),
@@ -203,7 +208,20 @@ def _gain(evaluation: Evaluation) -> Html:
         (gain_per_compute_figure, "Gain against cost. A curve above another buys more reward for the same compute."),
     ):
         drawn += [(draw(evaluation, [name]), caption) for name in evaluation["objectives"]]
-    return _figures(*drawn)
+    return figures(*drawn)
+
+
+def _distributions(evaluation: Evaluation) -> Html:
+    caption = (
+        "With all weight on the objective: half of the responses lie in the bar, 90 % on the line, the median is the thick mark; "
+        "dashed is the reference's."
+    )
+    return figures(*((distribution_figure(evaluation, k), caption) for k in range(len(evaluation["objectives"]))))
+
+
+def _profile(evaluation: Evaluation) -> Html:
+    caption = "Gains over the reference at equal weights, in standard deviations. The dashed ring is no gain; within it something was lost."
+    return figures((radar_figure(evaluation), caption))
 
 
 def _gaming(evaluation: Evaluation) -> Html:
@@ -212,7 +230,7 @@ def _gaming(evaluation: Evaluation) -> Html:
         return Html("")
     parts = (slips_table(evaluation), equal_length_table(evaluation))
     warning = "These rewards can be gamed: look here. A gain that comes with longer answers or more refusals may be no more than that."
-    return join(element("p", warning), _figures((drawn, "Mean rewards, words per response and share of refusals of each point.")), *parts)
+    return join(element("p", warning), figures((drawn, "Mean rewards, words per response and share of refusals of each point.")), *parts)
 
 
 def _examples(evaluation: Evaluation) -> Html:

@@ -59,6 +59,8 @@ class Point:
     peak_bytes: int | None
     """Of memory, while the point was sampled; None where nobody measured it."""
     source: str
+    chosen: tuple[int, ...] = ()
+    """Which of the source's responses these are, where they were chosen among them; empty where they are all of them."""
 
     @cached_property
     def z_PK(self) -> np.ndarray:
@@ -123,6 +125,7 @@ class Summary:
             unscored=int((~np.isfinite(z_PSK)).any(axis=-1).sum()),
             responses=len(chosen),
             source=scored.source,
+            chosen=() if choice_PG is None else tuple(choice_PG.ravel().tolist()),
             **(facts | overrides),
         )
 
@@ -188,6 +191,7 @@ class Summary:
             "n": point.responses,
             "n_unscored": point.unscored,
             "source": point.source,
+            **({"chosen": list(point.chosen)} if point.chosen else {}),
         }
 
     def _interval(self, values_P: np.ndarray) -> dict[str, float]:

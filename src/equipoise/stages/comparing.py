@@ -57,6 +57,8 @@ class Compare:
     """n of best-of-n over every method's own samples."""
     ref_point: float = -1.0
     """Reference point of the hypervolume on every objective, in standard deviations below the reference's mean."""
+    kl_budget: float = 1.0
+    """Nats per response that every method is brought to, by mixing with the reference, for the fronts at the same KL."""
     sampling: Sampling = field(default_factory=Sampling)
     """How tokens are drawn, the same for all."""
     seed: int = 1
@@ -74,6 +76,8 @@ class Compare:
         if not self.methods:
             raise UserError("there is nothing to compare: name at least one method, as in recipes/compare.yaml")
         common.check_counts(samples=self.samples, reference_samples=self.reference_samples, workers=self.workers)
+        if not 0 < self.kl_budget < float("inf"):
+            raise UserError(f"kl_budget is a number of nats above 0, not {self.kl_budget}; 1 is usual")
         most = max((*self.best_of, 1))
         if most > self.reference_samples:
             raise UserError(f"best-of-{most} needs reference_samples of at least {most}, not {self.reference_samples}")
@@ -218,6 +222,7 @@ def _evaluate(config: Compare, job: _Job) -> Path:
     from equipoise.evaluation.figures import front_figure
     from equipoise.evaluation.log import response_table, write_table
     from equipoise.evaluation.report import render_report
+    from equipoise.evaluation.responses import responses_of
     from equipoise.evaluation.sweep import read_point
     from equipoise.runs import manifest_of
 
@@ -241,7 +246,7 @@ def _evaluate(config: Compare, job: _Job) -> Path:
     ]
     write_table(config.out / "responses.parquet", response_table(points))
     page = config.out / "report.html"
-    write_text(page, render_report(result))
+    write_text(page, render_report(result, responses_of(points, {p.id: p for p in job.prompts})))
     if len(job.objectives) >= 2:
-        write_text(config.out / "front.svg", front_figure(result, *job.objectives[:2]))
+        write_text(config.out / "front.svg", front_figure(result, job.objectives[0], job.objectives[1]))
     return page
