@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from conftest import FOLDER_WORDS, build_llama
 from equipoise.cli import Run, main, run_lines
 from equipoise.data.prompts import load_prompts
 from equipoise.data.splits import opening
-from equipoise.evaluation.sweep import read_point
+from equipoise.evaluation.sweep import point_folder, read_point
 from equipoise.rollouts import read_rollouts
 from equipoise.runs import file_digest, read_json
 from equipoise.stages.methods import Method, with_recipe
@@ -421,8 +422,12 @@ def test_palettes_are_points_where_their_multipliers_pull(bank, tiny_folder, ask
         assert {r.reward_calls for r in rollouts} == {n * len(solved[name]["multipliers"])}
         assert len({r.parent_id.rpartition("#")[2] for r in rollouts}) > 1
         assert all(0 <= r.kl <= np.log(n) for r in rollouts)
-    facts = read_json(out / "manifest.json")["parents"]
-    assert len([key for key in facts if key.startswith("palette: palette ")]) == 2
+    for name, weights in (("both", own[0]), ("brief", own[1])):
+        known = read_json(point_folder(out, "palette", weights) / "manifest.json")["parents"]
+        assert file_digest(Path(f"{bank}/palette-{name}/palette.json")) in known.values()
+    made = {row["method"]: row["training_seconds"] for row in read_json(out / "evaluation.json")["methods"]}
+    assert made["palette"] > 0  # of the bank, its scores and two dual problems
+    assert made["reference"] is None
     # softmax(v R) is resampling at beta = 1 / v
     again = f"sample --out {tmp_path / 'one'} --model {tiny_folder} --prompts {asked} --split test --samples 2 --seed 1".split()
     choice = {"how": "resampling", "rewards": ["brief"], "n": 3, "beta": 1 / solved["brief"]["multipliers"]["brief"]}
@@ -471,7 +476,8 @@ def test_a_method_may_come_from_a_recipe(compared, tiny_folder, asked, tmp_path,
     assert main(command(out, tiny_folder, asked, methods=methods)) == 0
     half = [read_point(folder, "contrast", (0.5, 0.5)).rollouts for folder in (out, compared)]
     assert half[0] == half[1]  # the comparison's own model, sampling and samples
-    assert read_json(out / "manifest.json")["parents"]["contrast: recipe"] == file_digest(recipe)
+    settings = read_json(point_folder(out, "contrast", (0.5, 0.5)) / "manifest.json")["config"]["method"]
+    assert (settings["messages"], settings["beta"]) == (contrast["messages"], contrast["beta"])
     capsys.readouterr()
     for text, says in (("mesages: [a]", "mesages"), ("goals: simplex", "draws by goals"), (None, "nowhere.yaml")):
         bad = tmp_path / ("bad.yaml" if text else "nowhere.yaml")
@@ -503,3 +509,26 @@ def test_prompts_of_two_sources_in_one_file(asked, tmp_path):
 def test_prompts_says_what_left_none(asked, tmp_path, capsys):
     assert main(f"prompts --sources [{asked}] --max_words 1 --out {tmp_path}/none".split()) == 2
     assert "raise max_words" in capsys.readouterr().err
+
+
+def test_methods_may_come_and_go_and_all_else_is_evaluated_anew_without_sampling(tiny_folder, asked, tmp_path, capsys):
+    out, gentle = tmp_path / "out", {"messages": METHODS["contrast"]["messages"], "beta": 2.0}
+    run = partial(command, out, tiny_folder, asked)
+    assert main(run()) == 0
+    first = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/*.parquet")}
+    one = read_json(out / "evaluation.json")
+    assert main(run(methods=METHODS | {"gentle": gentle})) == 0
+    both = read_json(out / "evaluation.json")
+    assert {p["method"] for p in both["points"]} == {p["method"] for p in one["points"]} | {"gentle", "gentle, best-of-n"}
+    assert [p for p in both["points"] if not p["method"].startswith("gentle")] == one["points"]
+    assert main([*run(), "--ref_point", "-2.0", "--n_boot", "20", "--best_of", "[2]"]) == 0
+    again = read_json(out / "evaluation.json")
+    assert again["ref_point_K"] == [-2.0, -2.0]
+    assert {r["method"] for r in again["hypervolume"]} == {"reference", "contrast", "contrast, best-of-2", "best-of-2"}
+    assert all(path.stat().st_mtime_ns == at for path, at in first.items()), "nothing was sampled or scored again"
+    capsys.readouterr()
+    assert main(run(methods={"contrast": METHODS["contrast"] | {"beta": 0.25}})) == 2
+    said = capsys.readouterr().err
+    assert f"{out / 'contrast' / 'w1_0'} holds a run with another config.method.beta (0.5, now 0.25)" in said
+    assert main([*run(), "--seed", "5"]) == 2
+    assert f"{out} holds a run with another config.seed (1, now 5)" in capsys.readouterr().err

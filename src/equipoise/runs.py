@@ -144,9 +144,15 @@ def stage(folder: Path, command: str, config: Any, parents: Mapping[str, Path] |
     `parents` are the manifests or files the stage reads; their digests go into the manifest, so that any number traces
     back to its prompts. Raises `UserError` where the folder holds a run of other settings.
     """
-    manifest = Manifest(folder, command, plain(config), {k: file_digest(p) for k, p in (parents or {}).items()})
+    with begun(Manifest(folder, command, plain(config), {k: file_digest(p) for k, p in (parents or {}).items()})) as manifest:
+        yield manifest
+
+
+@contextlib.contextmanager
+def begun(manifest: Manifest) -> Iterator[Manifest]:
+    """Check that the manifest's folder belongs to it, and write it when the block ends well. Raises `UserError` as `stage` does."""
     manifest.check()
-    write_json(folder / "started.json", manifest.identity())
+    write_json(manifest.folder / "started.json", manifest.identity())
     yield manifest
     manifest.finish()
 

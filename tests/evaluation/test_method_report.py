@@ -22,6 +22,7 @@ def method(name: str, **changes: Any) -> dict[str, Any]:
     row = {"method": name, "cost": 1.5, "points": 5, **{key: estimate(0.5 + i) for i, key in enumerate(keys)}}
     row |= {key: [estimate(value), estimate(-value)] for key, value in (("spread", 7.25), ("follows", 0.75), ("violations", 0.125))}
     row |= {"kl_floor": 0.31, "base_forwards": 321.0, "guide_forwards": 123.0, "reward_calls": 4.0, "seconds": 0.125, "peak_memory": 2.5}
+    row |= {"training_seconds": 2220.0}
     return row | {"responses": 400, "unscored": 1, "repetitive": 17, "truncated": 23, "leaks": 29} | changes
 
 
@@ -73,7 +74,18 @@ def test_metrics_control_and_price() -> None:
     control = cells(page, "How well the weights control each method")
     assert [cell.split(" ")[0] for cell in control[1]] == ["soup", "1.50", "0.75", "−0.75", "0.12", "−0.12"]
     assert len(control) == 2  # nothing controls the reference
-    assert cells(page, "Price of a response")[1] == ["soup", "5.50 [5.40, 5.60]", "0.31", "321", "123", "4.0", "1.50×", "0.125", "2.50"]
+    assert cells(page, "Price of a response")[1] == [
+        "soup",
+        "5.50 [5.40, 5.60]",
+        "0.31",
+        "321",
+        "123",
+        "4.0",
+        "1.50×",
+        "0.125",
+        "2.50",
+        "37",
+    ]
 
 
 def test_pairs_slips_and_equal_length() -> None:

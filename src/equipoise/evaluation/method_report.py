@@ -29,7 +29,8 @@ _PRICE = (
     "KL and floor in nats; tokens read by the policy and by what guides it, prompt included (a tuned policy counts as a guide, and "
     "a reference that only measures it not at all); texts that rewards scored to choose it; seconds of sampling, in batches, without the "
     "scoring of best-of-n; the most memory that the process held meanwhile, with all that it had loaded (on a GPU, there). "
-    "Processes at once slow each other."
+    "Processes at once slow each other. Training: processor minutes of every run that the method's artefacts rest on, those that "
+    "several methods share counted for each; of a run that was killed and continued, the last process's."
 )
 _BETWEEN = (
     "Differences at the weights that both have, each method as one front, with 95\u00a0% intervals over prompts; p from a two-sided "
@@ -96,7 +97,7 @@ def methods_section(evaluation: Evaluation) -> Html:
     price = [
         [r["method"], interval(r.get("kl")), decimal(r.get("kl_floor")), decimal(r.get("base_forwards"), 0),
          decimal(r.get("guide_forwards"), 0), decimal(r.get("reward_calls"), 1), multiple(r.get("cost")),
-         decimal(r.get("seconds"), 3), decimal(r.get("peak_memory"))]
+         decimal(r.get("seconds"), 3), decimal(r.get("peak_memory")), decimal(_minutes(r.get("training_seconds")), 0)]
         for r in methods
     ]  # fmt: skip
     if not methods:
@@ -112,11 +113,26 @@ def methods_section(evaluation: Evaluation) -> Html:
         element("h3", "Price of a response"),
         note(_PRICE),
         table(
-            ["method", "KL [95 %]", "floor", "base forwards", "guide forwards", "reward calls", "cost", "seconds", "peak memory, GiB"],
+            [
+                "method",
+                "KL [95 %]",
+                "floor",
+                "base forwards",
+                "guide forwards",
+                "reward calls",
+                "cost",
+                "seconds",
+                "peak memory, GiB",
+                "training, min",
+            ],
             price,
             name="Price of a response",
         ),
     )
+
+
+def _minutes(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds / 60
 
 
 def _each(row: Any, key: str, names: list[str]) -> list[Html]:

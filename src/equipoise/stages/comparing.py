@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 from equipoise.models.generation import Sampling
 from equipoise.progress import bar, say
-from equipoise.runs import EXECUTION, read_json, stage, write_json, write_text
+from equipoise.runs import (
+    EXECUTION,
+    Manifest,
+    begun,
+    digest_of,
+    file_digest,
+    manifest_of,
+    plain,
+    read_json,
+    recorded,
+    stage,
+    write_json,
+    write_text,
+)
 from equipoise.stages import common
-from equipoise.stages.methods import Method, MethodPoint, Weights, parents_of_points, points_of
+from equipoise.stages.methods import Method, MethodPoint, Weights, points_of
+from equipoise.stages.provenance import making_seconds
 from equipoise.stages.steering import sampler_of
 from equipoise.stages.winning import WinRates, rubrics_of, win_rates
 from equipoise.stages.workers import LOGS, each_once, run_workers
-from equipoise.types import Prompt, Request, Rollout, Sampler, UserError
+from equipoise.types import Prompt, UserError
 
 _JUDGED = "win_rates.json"
+_OF_POINTS = ("model", "prompts", "split", "limit", "rewards", "judges", "sampling", "seed", "trust_remote_code")
+"""Settings that all points share. Methods may be added to a comparison, and all else be evaluated anew, without sampling again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,17 +103,12 @@ class Compare:
 
 def compare(config: Compare) -> Path:
     """Run what is missing, evaluate, draw, and return the page."""
-    from equipoise.data.prompts import prompts_file
-    from equipoise.rewards import artefacts
-
     job = _job(config)
     rubrics_of(config.judge, job.objectives)  # what is wrong with them is said before hours of sampling
-    parents = {"prompts": prompts_file(config.prompts)} | {str(file): file for file in artefacts([*config.rewards, *config.judges])}
-    for name, points in job.plan.items():
-        parents |= parents_of_points(name, points)
-    parents |= {f"{name}: recipe": Path(method.recipe).expanduser() for name, method in config.methods.items() if method.recipe}
-    with stage(config.out, "compare", common.settings_of(config), parents) as run:
-        if not run.done:
+    with stage(config.out, "compare", job.settings, job.shared):
+        for manifest in map(job.manifest, job.todo):
+            manifest.check()
+        if not all(manifest.done for manifest in map(job.manifest, job.todo)):
             title = f"sampling {len(job.todo)} points on {len(job.prompts)} prompts"
             with bar(title, len(job.prompts) * sum(count for *_, count in job.todo)) as advance:
                 if config.workers > 1:
@@ -105,9 +116,11 @@ def compare(config: Compare) -> Path:
                     run_workers(config.workers, config.out / LOGS, _worker, [config], _Counted(config.out, advance))
                 else:
                     _sample(config, job, advance)
-            judged = _judged(config, job)
-            run.outputs = judged + sorted(path for place in map(job.place, job.todo) for path in place.glob("*/*.parquet"))
+        _judge(config, job)
     return _evaluate(config, job)
+
+
+Entry = tuple[str, MethodPoint | None, int]
 
 
 @dataclass(frozen=True)
@@ -119,10 +132,28 @@ class _Job:
     grid: list[Weights]
     plan: dict[str, list[MethodPoint]]
     prompts: list[Prompt]
-    todo: list[tuple[str, MethodPoint | None, int]]
+    todo: list[Entry]
     """(method, point, samples per prompt), the reference first."""
+    settings: dict[str, Any]
+    """Of every point."""
+    shared: dict[str, Path]
+    """Files that every point rests on."""
+    digests: dict[Path, str] = field(default_factory=dict)
+    """Of files that were read before: points share most."""
 
-    def place(self, entry: tuple[str, MethodPoint | None, int]) -> Path:
+    def manifest(self, entry: Entry) -> Manifest:
+        """What identifies a point; other points, and how all are evaluated, are no part of it."""
+        _, point, count = entry
+        parents = {**self.shared, **(point.steering.way.parents if point else {})}
+        for path in parents.values():
+            if path not in self.digests:
+                self.digests[path] = file_digest(path)
+        # The other points of its method come with the folders that are listed; its own is among the parents.
+        method = {k: v for k, v in point.sampled.items() if k not in ("recipe", "policies", "palettes")} if point else None
+        settings = plain({**self.settings, "samples": count, "method": method})
+        return Manifest(self.place(entry), "compare point", settings, {name: self.digests[path] for name, path in parents.items()})
+
+    def place(self, entry: Entry) -> Path:
         """Where a point's files lie."""
         from equipoise.evaluation.sweep import point_folder
 
@@ -131,14 +162,17 @@ class _Job:
 
 
 def _job(config: Compare) -> _Job:
-    from equipoise.rewards import parse_name
+    from equipoise.data.prompts import prompts_file
+    from equipoise.rewards import artefacts, parse_name
 
     objectives = tuple(parse_name(entry)[0] for entry in config.rewards)
     grid, settings = _grid(config, objectives), common.settings_of(config)
     plan = {name: points_of(name, method, objectives, grid, settings) for name, method in config.methods.items()}
-    todo: list[tuple[str, MethodPoint | None, int]] = [("reference", None, config.reference_samples)]
+    todo: list[Entry] = [("reference", None, config.reference_samples)]
     todo += [(name, point, config.samples) for name, points in plan.items() for point in points]
-    return _Job(config.out, objectives, grid, plan, common.prompts_of(config.prompts, config.split, config.limit), todo)
+    prompts = common.prompts_of(config.prompts, config.split, config.limit)
+    shared = {"prompts": prompts_file(config.prompts)} | {str(file): file for file in artefacts([*config.rewards, *config.judges])}
+    return _Job(config.out, objectives, grid, plan, prompts, todo, {name: settings[name] for name in _OF_POINTS}, shared)
 
 
 def _worker(config: Compare) -> None:
@@ -154,27 +188,18 @@ def _sample(config: Compare, job: _Job, advance: Callable[[int], None]) -> None:
     lm, settings = common.model_of(config.model, config.trust_remote_code), common.settings_of(config)
     rewards = load_rewards([*config.rewards, *config.judges], lm)
 
-    def work(entry: tuple[str, MethodPoint | None, int]) -> None:
+    def work(entry: Entry) -> None:
         name, at, count = entry
-        sampler = _Late(lambda: sampler_of(lm, at.sampled, at.steering) if at else sampler_of(lm, settings, None))
         weights, size = at.weights if at else None, config.sampling.batch_size
-        sweep_point(config.out, name, sampler, weights, job.prompts, count, config.seed, rewards, size, sampled=advance)
+        with begun(job.manifest(entry)) as run:
+            if run.done:
+                advance(len(job.prompts) * count)
+                return
+            sampler = sampler_of(lm, at.sampled, at.steering) if at else sampler_of(lm, settings, None)
+            sweep_point(config.out, name, sampler, weights, job.prompts, count, config.seed, rewards, size, sampled=advance)
+            run.outputs = sorted(run.folder.glob("*/*.parquet"))
 
     each_once(job.todo, job.place, work)
-
-
-class _Late:
-    """A sampler that is made when it is first asked: for a point that is finished, nothing is loaded."""
-
-    def __init__(self, make: Callable[[], Sampler]) -> None:
-        self._made = cache(make)
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        return self._made().objectives
-
-    def __call__(self, requests: Sequence[Request]) -> list[Rollout]:
-        return self._made()(requests)
 
 
 class _Counted:
@@ -193,15 +218,18 @@ class _Counted:
             self.advance(sum(read_metadata(path).num_rows for path in fresh))
 
 
-def _judged(config: Compare, job: _Job) -> list[Path]:
-    """The file of the win rates, if there is a judge."""
+def _judge(config: Compare, job: _Job) -> None:
+    """Write the win rates, if there is a judge and something that it hasn't been asked; replies that can't be read are not kept."""
     if not config.judge.engine:
-        return []
+        return
+    points = [manifest_of(job.place(entry), "compare point")["outputs"] for entry in job.todo]
+    asked = digest_of([recorded(config.judge), config.n_boot, config.seed, points])
+    if (config.out / _JUDGED).exists() and read_json(config.out / _JUDGED)["asked"] == asked:
+        return
     lm = common.model_of(config.model, config.trust_remote_code) if config.judge.engine == f"local:{config.model}" else None
     weights = {name: [point.weights for point in points] for name, points in job.plan.items()}
     found = win_rates(config.judge, config.out, job.objectives, weights, job.prompts, config.n_boot, config.seed, lm)
-    write_json(config.out / _JUDGED, found)
-    return [config.out / _JUDGED]
+    write_json(config.out / _JUDGED, found | {"asked": asked})
 
 
 def _grid(config: Compare, objectives: tuple[str, ...]) -> list[Weights]:
@@ -224,7 +252,6 @@ def _evaluate(config: Compare, job: _Job) -> Path:
     from equipoise.evaluation.report import render_report
     from equipoise.evaluation.responses import responses_of
     from equipoise.evaluation.sweep import read_point
-    from equipoise.runs import manifest_of
 
     manifest = manifest_of(config.out, "compare")
     weights = {name: [point.weights for point in points] for name, points in job.plan.items()}
@@ -232,11 +259,19 @@ def _evaluate(config: Compare, job: _Job) -> Path:
     # An end of a method is set beside best-of-n at the same end, which weights of one's own may leave out.
     ends = dict.fromkeys(w for found in weights.values() for w in found if max(w) == 1.0)
     grid = [*job.grid, *(end for end in ends if end not in job.grid)]
-    result = comparison_of(config.out, job.objectives, {p.id: p for p in job.prompts}, weights, grid, manifest["config"], measured)
-    result |= {"model": config.model, "settings": manifest["config"], "versions": manifest["versions"], "facts": manifest["facts"]}
+    settings = common.settings_of(config)
+    result = comparison_of(config.out, job.objectives, {p.id: p for p in job.prompts}, weights, grid, settings, measured)
+    result |= {"model": config.model, "settings": plain(settings), "versions": manifest["versions"]}
     result["files"] = [
-        {"path": str(config.out / name), "sha256": digest, "what": "compare"} for name, digest in manifest["outputs"].items()
+        {"path": str(job.place(entry) / name), "sha256": digest, "what": entry[0]}
+        for entry in job.todo
+        for name, digest in manifest_of(job.place(entry), "compare point")["outputs"].items()
     ]
+    made = {
+        name: making_seconds(path for point in points for path in point.steering.way.parents.values()) for name, points in job.plan.items()
+    }
+    for row in result["methods"]:
+        row["training_seconds"] = made.get(row["method"].partition(", best-of-")[0])
     if config.judge.engine:
         result["win_rates"] = read_json(config.out / _JUDGED)
     write_json(config.out / "evaluation.json", result)

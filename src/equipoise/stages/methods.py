@@ -141,13 +141,3 @@ def _placed(steering: Steering | None, objectives: tuple[str, ...]) -> Steering:
     if steering is None or known != objectives:
         raise UserError(f"steered by {', '.join(known) or 'nothing'}; the rewards are {', '.join(objectives)}, in this order")
     return steering
-
-
-def parents_of_points(name: str, points: Sequence[MethodPoint]) -> dict[str, Path]:
-    """Every file that a method rests on; where points call different files the same, the file's own name is added."""
-    found: dict[str, Path] = {}
-    for point in points:
-        for what, path in point.steering.way.parents.items():
-            key = f"{name}: {what}"
-            found[key if found.get(key, path) == path else f"{key}, {path}"] = path
-    return found

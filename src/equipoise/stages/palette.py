@@ -273,9 +273,11 @@ def palette_way(folder: Path, objectives: tuple[str, ...], n: int, model: str) -
         rewards = load_rewards(scorers, lm)
         return PaletteSampler(inner, rewards, np.array([v[reward.name] for reward in rewards]), n)
 
+    bank = Path(record["bank"])
+    files = [folder / "palette.json", bank / "manifest.json", bank / "rewards" / "manifest.json", *artefacts(scorers)]
     return Way(
         objectives=objectives,
-        parents={f"palette {folder}": folder / "palette.json"} | {f"palette {folder}: {file}": file for file in artefacts(scorers)},
+        parents={f"palette {folder}: {file}": file for file in files},
         guide=lambda lm: None,
         fixed=tuple(pull.get(name, 0.0) / sum(pull.values()) for name in objectives),
         over=over,

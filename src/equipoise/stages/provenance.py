@@ -15,7 +15,7 @@ _DEPTH = 4
 
 
 def making_seconds(files: Iterable[Path]) -> float | None:
-    """Processor seconds of all runs that these files rest on, each counted once; None where one of the files has no run.
+    """Processor seconds of all runs that these files rest on, each counted once; None where none of them has a run.
 
     A run's parents are known by digest and looked for in its folder's neighbourhood: beside it, one folder down, one up. Where a
     manifest has no processor seconds the clock's stand in; of a run that was killed and continued they are the last process's.
@@ -23,12 +23,9 @@ def making_seconds(files: Iterable[Path]) -> float | None:
     places: dict[str, set[Path]] = {}
     seen: set[Path] = set()
     told: dict[Path, dict[str, Any]] = {}
-    waiting = []
-    for file in files:
-        folder = _run_of(file)
-        if folder is None:
-            return None
-        waiting.append(folder)
+    waiting = [folder for file in files if (folder := _run_of(file))]
+    if not waiting:
+        return None
     while waiting:
         folder = waiting.pop()
         if folder in told:
