@@ -55,6 +55,7 @@ def compared(tiny_folder, asked):
 
 
 def test_every_method_meets_the_same_prompts_and_reference(compared):
+    assert read_json(compared / "evaluation.json")["settings"]["methods"] == METHODS, "a method's settings are those that were said"
     found = read_json(compared / "evaluation.json")
     methods = [(p["method"], p["n_candidates"]) for p in found["points"]]
     assert methods.count(("reference", 1)) == 1

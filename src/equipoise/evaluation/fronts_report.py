@@ -75,8 +75,9 @@ def classes_section(evaluation: Evaluation) -> Html:
         beside = [p for p in points if p["method"] == "reference" or (p["method"] == "best-of-n" and p.get("n_candidates") == n)]
         methods = _by_hypervolume(evaluation, {p["method"] for p in points if p.get("cost_class") == n} - set(_LADDER))
         drawn: list[tuple[str, object]] = []
-        for start in range(0, len(methods), MOST):
-            few = methods[start : start + MOST]
+        size = -(-len(methods) // -(-len(methods) // MOST)) if methods else 1  # panels as full as each other
+        for start in range(0, len(methods), size):
+            few = methods[start : start + size]
             shown = beside + [p for p in points if p["method"] in few and p.get("cost_class") == n]
             for i, j in itertools.islice(itertools.combinations(range(len(names)), 2), _PAIRS):
                 caption = f"{', '.join(few)}; cost of {plain_responses(n)}."

@@ -23,6 +23,7 @@ from equipoise.evaluation.markup import (
     embedded_json,
     figures,
     flatten,
+    folded,
     interval,
     join,
     multiple,
@@ -38,6 +39,8 @@ from equipoise.evaluation.responses import SCRIPT, Responses, dialog, marked, op
 from equipoise.evaluation.win_rates import win_rates_section
 
 _EXAMPLES = 3
+_FILES = 20
+"""Most rows of the table of files that stand open."""
 _SCRIPT = """
 const button = document.getElementById("download");
 button.hidden = false;
@@ -291,4 +294,5 @@ def _how(evaluation: Evaluation) -> Html:
 def _files(evaluation: Evaluation) -> Html:
     rows = [(element("code", f["path"]), f.get("what"), element("code", f.get("sha256"))) for f in evaluation.get("files") or []]
     found = table(["file", "what", "SHA-256"], rows, name="Files")
-    return element("div", note("Every number above is computed from these files."), found, class_="prose") if found else found
+    many = folded(f"{len(rows)} files", found) if len(rows) > _FILES else found
+    return element("div", note("Every number above is computed from these files."), many, class_="prose") if found else found

@@ -24,7 +24,7 @@ from equipoise.runs import (
     write_text,
 )
 from equipoise.stages import common
-from equipoise.stages.methods import Method, MethodPoint, Weights, points_of
+from equipoise.stages.methods import Method, MethodPoint, Weights, points_of, said
 from equipoise.stages.provenance import making_seconds
 from equipoise.stages.steering import sampler_of
 from equipoise.stages.winning import WinRates, rubrics_of, win_rates
@@ -260,8 +260,9 @@ def _evaluate(config: Compare, job: _Job) -> Path:
     ends = dict.fromkeys(w for found in weights.values() for w in found if max(w) == 1.0)
     grid = [*job.grid, *(end for end in ends if end not in job.grid)]
     settings = common.settings_of(config)
+    shown = settings | {"methods": {name: said(method) for name, method in config.methods.items()}}
     result = comparison_of(config.out, job.objectives, {p.id: p for p in job.prompts}, weights, grid, settings, measured)
-    result |= {"model": config.model, "settings": plain(settings), "versions": manifest["versions"]}
+    result |= {"model": config.model, "settings": plain(shown), "versions": manifest["versions"]}
     result["files"] = [
         {"path": str(job.place(entry) / name), "sha256": digest, "what": entry[0]}
         for entry in job.todo

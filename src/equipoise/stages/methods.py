@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,12 @@ class Method(Steer):
 
 
 _PLAIN = Method()
+
+
+def said(config: Any, plain: Any = _PLAIN) -> dict[str, Any]:
+    """The settings of a method that differ from those of `plain`, as they differ within a choice."""
+    found = {f.name: (getattr(config, f.name), getattr(plain, f.name)) for f in fields(config)}
+    return {name: said(own, other) if is_dataclass(own) else own for name, (own, other) in found.items() if own != other}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +112,9 @@ def with_recipe(method: Method) -> Method:
     if found["goals"] or found["upstream"].source:
         raise UserError(f"the recipe {method.recipe} draws by goals or from a server, which a comparison doesn't")
     weights = (found["weights"],) if found["weights"] else ()
-    said = {f.name: found[f.name] for f in fields(Steer)} | {"choice": found["choice"], "weights": weights}
+    drawn = {f.name: found[f.name] for f in fields(Steer)} | {"choice": found["choice"], "weights": weights}
     own = {f.name: getattr(method, f.name) for f in fields(Method) if getattr(method, f.name) != getattr(_PLAIN, f.name)}
-    return Method(**{**said, **own})
+    return Method(**{**drawn, **own})
 
 
 def _painted(folder: str, method: Method, objectives: tuple[str, ...], settings: Mapping[str, Any]) -> Steering:
