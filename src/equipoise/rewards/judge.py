@@ -66,6 +66,12 @@ RUBRICS = {
         "nothing in it is, or tries to be, funny",
         "most readers would laugh",
     ),
+    "positive": Rubric(
+        "how warm and hopeful its tone is, as a reader of good will hears it: kind words, encouragement, what can be done. Whether it "
+        "is right or of use is judged elsewhere",
+        "it is hostile or bitter, or leaves no hope",
+        "a reader would feel better for having read it",
+    ),
     "concise": Rubric(
         "how little it spends on what it says: no repetition, no preamble, no padding, and nothing needed left out",
         "most of it could be struck out, or it says nothing",
