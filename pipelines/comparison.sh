@@ -104,7 +104,8 @@ for name in "${objectives[@]}"; do # more of one, nothing less of the others
 done
 
 tuned_at() { printf "'%s', " "${@/#/$out/}"; }
-corners="weights: ['1,0,0', '0,1,0', '0,0,1', '0.3334,0.3333,0.3333']" # of those that read 40 candidates a token, a point takes 5 minutes
+ends="'1,0,0', '0,1,0', '0,0,1'" # of those that read 40 candidates a token, which take minutes for every point
+few="weights: [$ends, '0.3334,0.3333,0.3333']" ends="weights: [$ends]" # and of the others that cost more than a policy
 messages="['$first=You are a helpful assistant. Answer in full, with details and examples.|You give short, vague answers.', \
 '$second=You are a careful assistant. Refuse politely what could do harm.|You say whatever harms or offends.', \
 '$third=You are a cheerful assistant. Be warm and hopeful.|You are gloomy and complain about everything.']"
@@ -122,12 +123,12 @@ online DPO: {policy: '$out/online-dpo/adapter'}, \
 RiC: {in_context: '$out/ric-online'}, \
 single-pass: {values: '$out/values'}, \
 single-pass at 4 nats: {values: '$out/values', kl_budget: 4.0}, \
-prefix: {values: '$out/values', form: prefix, $corners}, \
-value model: {values: '$out/value-model', skip_above: 0.95, $corners}, \
-ARGS: {scorers: $(each scorer- /model), $corners}, \
-contrast of prompts: {messages: $messages, $corners}, \
+prefix: {values: '$out/values', form: prefix, $ends}, \
+value model: {values: '$out/value-model', skip_above: 0.95, $ends}, \
+ARGS: {scorers: $(each scorer- /model), $ends}, \
+contrast of prompts: {messages: $messages, $few}, \
 palette: {palettes: [$(tuned_at palette-{"$first","$second","$third"})]}, \
-Monte Carlo of 4: {choice: {how: resampling, n: 4, beta: 0.3, $chosen}}, \
-rejection: {choice: {how: rejection, $chosen, segments: {threshold: 0.5, $segment}}}, \
-blocks: {choice: {how: blocks, block: 10, n: 4, $chosen}}, \
-single-pass best-of-4: {values: '$out/values', choice: {how: best_of, n: 4, $chosen}}}"
+Monte Carlo of 4: {choice: {how: resampling, n: 4, beta: 0.3, $chosen}, $few}, \
+rejection: {choice: {how: rejection, $chosen, segments: {threshold: 0.5, $segment}}, $few}, \
+blocks: {choice: {how: blocks, block: 10, n: 4, $chosen}, $few}, \
+single-pass best-of-4: {values: '$out/values', choice: {how: best_of, n: 4, $chosen}, $few}}"
