@@ -215,7 +215,7 @@ def test_a_shard_keeps_the_most_memory_that_its_own_sampling_took(tmp_path):
     high, low = sampling_peak(tmp_path / "large"), sampling_peak(tmp_path / "small")
     assert high is not None
     assert low is not None
-    assert high - low == pytest.approx(200 * 2**20, rel=0.1)
+    assert high - low == pytest.approx(200 * 2**20, rel=0.1), (high, low)
     collect(Greedy(), large, tmp_path / "large", 1)
     assert sampling_peak(tmp_path / "large") == high
     # one shard of an older version, which doesn't say, and nothing is known of the folder
