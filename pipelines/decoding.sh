@@ -9,33 +9,21 @@
 source "$(dirname "$0")/common.sh"
 source "$here/own_answers.bash"
 if [ -n "$tiny" ]; then
-  value=(--value.calibration_states 16 --value.state_features 2 --value.token_features 4)
-  scorer=(--reward.fit.max_steps 2 --reward.test_share 0.3 --reward.layers 1 --reward.lora.rank 2 --reward.lora.blocks 1)
-  trees=(--limit 6 --growth.layers 3 --shard 3)
-  model_of_values=(--value.validation_share 0.34 --value.calibration_states 16 --value.fit.max_steps 2 --value.lora.rank 2)
-  points=(--limit 4 --steps 1 --reference_samples 4 --best_of '[2,4]' --n_boot 50 --examples 1) segment='shortest: 2, longest: 4, tries: 3'
+  points=(--limit 4 --steps 1 --reference_samples 4 --best_of '[2,4]' --n_boot 50 --examples 1)
 else
-  value=() scorer=(--reward.max_length 192 --reward.test_share 0.1 --reward.fit.epochs 1) trees=(--limit 80 --growth.layers 4)
-  model_of_values=(--value.fit.epochs 1 --value.fit.learning_rate 2e-4 --value.lora.rank 16 --value.lora.alpha 32)
-  points=(--samples 1 --steps 2) segment='shortest: 8, longest: 16, tries: 8'
+  points=(--samples 1 --steps 2)
 fi
 
 run normalise --run "$out/bank" --out "$out/scale.json"
 run train value --run "$out/bank" "${value[@]}" --out "$out/values"
-for name in "${objectives[@]}"; do # reads the whole of a response that has begun: ARGS
-  run train bradley_terry --config "$here/../recipes/helpful-reward.yaml" --model "$model" --pairs "$pairs" \
-    --reward.objective "$name" "${scorer[@]}" --out "$out/scorer-$name"
-done
-run grow --config "$here/../recipes/grow.yaml" --model "$model" --prompts "$out/prompts/prompts.jsonl" "${sampling[@]}" "${trees[@]}" \
-  --out "$out/trees"
-run label nodes --config "$here/../recipes/label-nodes.yaml" --model "$model" --trees "$out/trees" --rewards "$rewards" --out "$out/nodes"
-run train value_model --config "$here/../recipes/value-model.yaml" --labels "$out/nodes" "${model_of_values[@]}" --out "$out/value-model"
+for name in "${objectives[@]}"; do scorer "$name"; done
+value_model
 
 messages="['$first=You are a helpful assistant. Answer in full, with details and examples.|You give short, vague answers.',\
 '$second=You are a careful assistant. Refuse politely what could do harm.|You say whatever harms or offends.']"
 chosen="rewards: $rewards, scale: $out/scale.json"
 ends="weights: ['$first=1,$second=0', '$first=0,$second=1']" # of those that read 40 candidates a token, a point takes 5 minutes and more
-run compare --out "$out/decoding" --model "$model" --prompts "$out/prompts/prompts.jsonl" "${sampling[@]}" "${points[@]}" \
+run compare --out "$out/decoding" "${asked[@]}" "${sampling[@]}" "${points[@]}" \
   --rewards "$rewards" --judges "$judges" --methods "{\
 single-pass: {values: '$out/values'}, \
 single-pass at 4 nats: {values: '$out/values', kl_budget: 4.0}, \

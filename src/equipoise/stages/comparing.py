@@ -106,9 +106,10 @@ def compare(config: Compare) -> Path:
     job = _job(config)
     rubrics_of(config.judge, job.objectives)  # what is wrong with them is said before hours of sampling
     with stage(config.out, "compare", job.settings, job.shared):
-        for manifest in map(job.manifest, job.todo):
-            manifest.check()
-        if not all(manifest.done for manifest in map(job.manifest, job.todo)):
+        points = [job.manifest(entry) for entry in job.todo]
+        for point in points:
+            point.check()
+        if not all(point.done for point in points):
             title = f"sampling {len(job.todo)} points on {len(job.prompts)} prompts"
             with bar(title, len(job.prompts) * sum(count for *_, count in job.todo)) as advance:
                 if config.workers > 1:
