@@ -73,13 +73,13 @@ value_model() {
 }
 
 # Policies that learn online, by OUT/scale.json: `morlhf NAME WEIGHTS` OUT/morlhf-NAME/adapter, `online_dpo` OUT/online-dpo/adapter.
-on_policy() {
-  local recipe=$1
-  shift
-  run train "$recipe" "${asked[@]}" --rewards "$rewards" --statistics "$out/scale.json" "${rounds[@]}" "$@"
+on_policy() { # a recipe goes before the options that differ from it
+  local method=$1 recipe=$2
+  shift 2
+  run train "$method" --config "$here/../recipes/$recipe.yaml" "${asked[@]}" --rewards "$rewards" --statistics "$out/scale.json" "${rounds[@]}" "$@"
 }
-morlhf() { on_policy ppo --config "$here/../recipes/morlhf.yaml" "${ppo[@]}" --loop.weights "$2" --out "$out/morlhf-$1"; }
-online_dpo() { on_policy online_dpo --config "$here/../recipes/online-dpo.yaml" "${dpo_online[@]}" --out "$out/online-dpo"; }
+morlhf() { on_policy ppo morlhf "${ppo[@]}" --loop.weights "$2" --out "$out/morlhf-$1"; }
+online_dpo() { on_policy online_dpo online-dpo "${dpo_online[@]}" --out "$out/online-dpo"; }
 
 # Rewards-in-context on the bank and a round of its own, by OUT/scale.json: OUT/ric-online.
 in_context() {
