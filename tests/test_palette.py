@@ -139,7 +139,7 @@ def test_the_table_says_what_the_json_says(small, capsys):
     assert len(record["sequential"]["shortfall"]) == 3
     assert record["sequential"]["shortfall"][2] < 0.1 * record["sd"]["brief"]
     rollouts = read_rollouts(out / "bank" / "rollouts")
-    assert record["cost"]["backbone_tokens"] == pytest.approx(8 * np.mean([r.base_forwards for r in rollouts]))
+    assert record["cost"]["backbone_tokens"] == pytest.approx(np.mean([8 * r.base_forwards - 7 * r.prompt_tokens for r in rollouts]))
 
 
 def test_served_levels_are_those_of_the_shards(small):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHARD_BATCHES = 4
 """Batches of a stage's shard: the places of finished rows are taken over by others of the shard."""
 _COLUMNS = [field.name for field in fields(Rollout) if field.metadata.get("stored", True)]
-_LATER = {"reward_calls"}
+_LATER = {"reward_calls", "prompt_tokens"}
 """What the shards of older versions lack."""
 
 
@@ -42,6 +42,7 @@ def _schema() -> pa.Schema:
         "base_forwards": pa.int64(),
         "guide_forwards": pa.int64(),
         "reward_calls": pa.int64(),
+        "prompt_tokens": pa.int64(),
     }
     return pa.schema([(name, kinds.get(name, pa.string())) for name in _COLUMNS], metadata={"equipoise": "rollouts-1"})
 

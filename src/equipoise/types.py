@@ -170,9 +170,16 @@ class Rollout:
     """Tokens that went through a backbone only to score candidates."""
     reward_calls: int = 0
     """Texts that rewards scored to choose this response, once for each reward."""
+    prompt_tokens: int = 0
+    """How many of `base_forwards` read the prompt, which a choice among candidates for it reads once; 0 where nobody said."""
     parent_id: str | None = None
     kl_steps: tuple[float, ...] = field(default=(), compare=False, metadata={"stored": False})
     """The terms of `kl`, a token each; none where it also prices a choice among responses or parts of them. Not kept in shards."""
+
+    @property
+    def log_ratio(self) -> float:
+        """log pi(y) - log pi_ref(y) - kl_floor, nats: `kl` is its mean under pi, but not under a choice among pi's responses."""
+        return sum(self.logprobs) - sum(self.ref_logprobs) - self.kl_floor
 
     @property
     def length(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -12,12 +13,12 @@ from scipy.stats import chisquare
 
 from decoding.rows import PROMPTS, sibling
 from decoding.test_rejection import CONFIG, DRAWS, WEIGHTS, Hashed, asked, matches, rewards, whole_law, worth
-from equipoise.decoding.choosing import ChoosingSampler, WeightedRewards, candidate_requests
+from equipoise.decoding.choosing import ChoosingSampler, WeightedRewards, candidate_requests, served
 from equipoise.decoding.logit_mixing import mixing_guide
 from equipoise.decoding.rejection import Segments
 from equipoise.decoding.resampling import best_of_n_kl
 from equipoise.decoding.value_guided import PolicySampler
-from equipoise.types import Request, UserError
+from equipoise.types import Request, Rollout, UserError
 
 
 def plain(lm, **changes):
@@ -55,9 +56,33 @@ def test_one_of_its_candidates_at_the_price_of_all(tiny_lm):
                 weights = np.exp(np.array(scores) / beta) / np.exp(np.array(scores) / beta).sum()
                 assert got.kl == pytest.approx(float(weights @ np.log(4 * weights)), abs=1e-6)
             assert (got.id, got.seed, got.weights, got.tokens) == (request.id, request.seed, request.weights, chosen.tokens)
-            assert got.base_forwards == sum(c.base_forwards for c in candidates)
+            assert got.base_forwards == got.prompt_tokens + sum(c.base_forwards - c.prompt_tokens for c in candidates)
+            assert 0 < got.prompt_tokens == candidates[0].prompt_tokens < candidates[0].base_forwards
             assert got.reward_calls == 4  # the objective without weight isn't asked
         assert [reward.asked for reward in own.rewards] == [24, 0]
+
+
+def test_the_kl_of_a_choice_among_steered_candidates_by_enumeration():
+    """E[kl] over all draws of two candidates is E_q[log pi/pi_ref] + the bound, at least KL(q || pi_ref), which it meets without ties."""
+    ref, pi, score = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.3, 0.6]), [0.0, 1.0, 2.0]
+    ratio = np.log(pi / ref)
+
+    def candidate(y: int) -> Rollout:
+        facts = {"text": str(y), "text_tokens": 1, "finish_reason": "stop", "weights": (1.0,), "seed": 0, "base_forwards": 5}
+        logs = {"logprobs": (math.log(pi[y]),), "ref_logprobs": (math.log(ref[y]) - 0.1,), "kl_floor": 0.1}
+        return Rollout(id=f"p/0#{y}", prompt_id="p", tokens=(y,), kl=float(pi @ ratio), prompt_tokens=4, **logs, **facts)
+
+    expected, q = 0.0, np.zeros(3)
+    for drawn in itertools.product(range(3), repeat=2):
+        at = int(np.argmax([score[y] for y in drawn]))
+        got = served(asked(1)[0], [candidate(y) for y in drawn], at, best_of_n_kl(2), 2)
+        assert got.base_forwards == 4 + 1 + 1
+        q[drawn[at]] += math.prod(pi[list(drawn)])
+        expected += math.prod(pi[list(drawn)]) * got.kl
+    assert expected == pytest.approx(q @ ratio + best_of_n_kl(2))
+    assert q @ np.log(q / ref) <= expected
+    below = float(pi @ ratio) + best_of_n_kl(2)  # what adding the bound to the candidates' KL would say
+    assert below < q @ np.log(q / ref) - 0.1
 
 
 def test_the_same_request_gets_the_same_choice(tiny_lm):

@@ -300,6 +300,11 @@ def test_headline_of_many_comparisons_counts_and_names_the_losses() -> None:
         "At equal compute, single-pass is ahead in 3 of 6 comparisons, behind in 2 (best-of-n on harmless at 1.25× a plain response, "
         "best-of-n on harmless at 1.25× a plain response) and undecided in 1."
     )
+    made["equal_compute"] = [won, won, lost, won, lost | {"ours": "prefix"}]
+    assert headline(made)[1] == (
+        "At equal compute, single-pass and prefix are ahead in 3 of 5 comparisons, behind in 2 (single-pass to best-of-n on harmless at "
+        "1.25× a plain response, prefix to best-of-n on harmless at 1.25× a plain response) and undecided in 0."
+    )
 
 
 def test_headline_of_an_unclear_gain() -> None:

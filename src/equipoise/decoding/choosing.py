@@ -28,15 +28,20 @@ def candidate_requests(requests: Sequence[Request], n: int) -> list[Request]:
 
 
 def served(request: Request, candidates: Sequence[Rollout], chosen: int, kl: float, reward_calls: int) -> Rollout:
-    """The chosen candidate as the response to the request: its cost is that of all of them, its `kl` adds the choice's."""
+    """The chosen candidate as the response to the request: its cost is that of all of them, which read their prompt once.
+
+    With q the choice's law over candidates from pi, KL(q || pi_ref) = KL(q || pi) + E_q[log pi/pi_ref]: `kl` is the first of the two,
+    and the mean of the candidates' KL, corrected by how far the chosen one's log-ratio is from their mean (mean under q: the second).
+    """
+    drift = float(np.mean([c.kl - c.log_ratio for c in candidates])) + candidates[chosen].log_ratio
     return replace(
         candidates[chosen],
         id=request.id,
         seed=request.seed,
         weights=request.weights,
-        kl=candidates[chosen].kl + kl,
+        kl=drift + kl,
         kl_steps=(),
-        base_forwards=sum(c.base_forwards for c in candidates),
+        base_forwards=sum(c.base_forwards for c in candidates) - sum(c.prompt_tokens for c in candidates[1:]),
         guide_forwards=sum(c.guide_forwards for c in candidates),
         reward_calls=reward_calls + sum(c.reward_calls for c in candidates),
         parent_id=candidates[chosen].id,
@@ -124,7 +129,7 @@ class ChoosingSampler:
         return self.rewards.objectives
 
     def __call__(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout per request. Its cost is that of all n; its `kl` adds the choice's: the bound of best-of-n, or the draw's."""
+        """One rollout per request, as `served` prices it: the choice's KL is the bound of best-of-n, or the draw's."""
         asked = self.rewards.inner_requests(requests, self.inner.objectives)
         candidates = self.inner(candidate_requests(asked, self.n))
         weights_N = [request.weights or () for request in requests for _ in range(self.n)]

@@ -53,6 +53,10 @@ def resampling_probabilities(score_PN: Float[np.ndarray, "P N"], beta: float) ->
 
 
 def resampling_kl(score_PN: Float[np.ndarray, "P N"], beta: float) -> float:
-    """mean_P sum_j p_j log(n p_j), nats: how far the choice moves the law of the candidates (at most log n)."""
+    """mean_P sum_j p_j log(n p_j), nats, at most log n: the KL of the candidates and which is drawn, so no less than the response's.
+
+    No choice among n moves the response's law by more than the best of n does, so a mean over prompts above `best_of_n_kl` may be
+    put there.
+    """
     p = resampling_probabilities(score_PN, beta)
     return float(np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0) * p.shape[1]), 0.0).sum(axis=1).mean())

@@ -88,13 +88,14 @@ def _comparison(opening: str, rows: Sequence[Mapping[str, Any]], key: str, unit:
         return ""
     if len(scored) <= _LISTED:
         return f"{opening}, {_listing([_clause(row, key, unit) for row in scored], '; ')}."
-    ours = sum(verdict(row) == row["ours"] for row in scored)
-    lost = [row for row in scored if verdict(row) == row["other"]]
-    behind = ", ".join(f"{row['other']} on {row['objective']} at {decimal(row.get(key))}{unit}" for row in lost[:_LISTED])
-    more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
     names = list(dict.fromkeys(row["ours"] for row in scored))
     if len(names) > _LISTED:
         return _tally(opening, names, scored)
+    ours = sum(verdict(row) == row["ours"] for row in scored)
+    lost = [row for row in scored if verdict(row) == row["other"]]
+    whose = (lambda row: f"{row['ours']} to ") if len(names) > 1 else (lambda row: "")
+    behind = ", ".join(f"{whose(row)}{row['other']} on {row['objective']} at {decimal(row.get(key))}{unit}" for row in lost[:_LISTED])
+    more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
     return (
         f"{opening}, {_listing(names, ', ')} {'is' if len(names) == 1 else 'are'} "
         f"ahead in {ours} of {len(scored)} comparisons, behind in {len(lost)}"

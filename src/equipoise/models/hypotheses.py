@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from equipoise.models.chat import whole_sentences
@@ -203,7 +203,7 @@ def finish(job: Job, lm: LanguageModel, guided: int, whole: bool) -> Rollout:
     row = job.result
     assert row is not None
     text, kept = row.text(lm, whole)
-    return Rollout(
+    rollout = Rollout(
         id=job.request.id,
         prompt_id=job.request.prompt.id,
         tokens=tuple(row.tokens),
@@ -211,14 +211,17 @@ def finish(job: Job, lm: LanguageModel, guided: int, whole: bool) -> Rollout:
         text_tokens=kept,
         logprobs=tuple(row.logprobs),
         ref_logprobs=tuple(row.ref_logprobs),
-        kl=sum(row.kl_steps) + job.choice_kl,
+        kl=sum(row.kl_steps),
         kl_steps=tuple(row.kl_steps),
         kl_floor=row.kl_floor,
         finish_reason="stop" if row.tokens[-1] in lm.eos_ids else "length",
         weights=job.request.weights,
         seed=job.request.seed,
         base_forwards=len(job.prompt) + job.runs,
+        prompt_tokens=len(job.prompt),
         reward_calls=job.reward_calls,
         # Where the guide runs the chosen token for the policy, nobody needed those that weren't run on.
         guide_forwards=guided * job.reads + (guided > 0) * (job.reads - job.runs) + job.followed,
     )
+    # Rewards prefer what the guide pushed: along what they chose the steps' KL would be too little.
+    return replace(rollout, kl=rollout.log_ratio + job.choice_kl) if job.reward_calls else rollout

@@ -120,8 +120,9 @@ def _cost(path: Path, found: Quote) -> dict[str, float | int | None]:
 
         rollouts = read_rollouts(path / "rollouts")
         tokens = sum(r.base_forwards + r.guide_forwards for r in rollouts) / len(rollouts)
+        prompt = sum(r.prompt_tokens for r in rollouts) / len(rollouts)
         if tokens:  # a server may not count them
-            cost |= {"backbone_tokens": n * tokens, "backbone_tokens_of_one": tokens}
+            cost |= {"backbone_tokens": n * (tokens - prompt) + prompt, "backbone_tokens_of_one": tokens}
     return cost
 
 
