@@ -20,6 +20,7 @@ else
   dpo+=(--dpo.fit.precision bfloat16) dpo_first+=(--dpo.fit.precision bfloat16) guides=(--reward.fit.precision bfloat16)
   genarm=(--reward.beta 0.1 --reward.test_share 0.1 --reward.fit.max_steps 36 --reward.fit.batch_size 16 --reward.fit.checkpoint_every 12)
   trees=(--limit 40 --growth.layers 4) rounds=(--loop.rounds 12) offline=(--sft.fit.precision bfloat16) conflicts=24
+  select=(--margin -0.5) # at 0 none of 24 conflicts between three objectives has an answer that all policies prefer to both
   points=(--workers 2) more=+0.4sd
 fi
 run normalise --run "$out/bank" --out "$out/scale.json"
