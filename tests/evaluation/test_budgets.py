@@ -81,7 +81,9 @@ def test_a_mixture_is_worth_what_prompts_were_answered() -> None:
 
 
 def test_classes_of_cost() -> None:
-    ladder = {2: [], 4: [], 8: []}
-    costs = [0.9, 1.0, 1.69, 1.7, 2.3, 3.69, 3.71, 9.0]
-    assert [cost_class(ladder, c) for c in costs] == [1, 1, 1, 2, 2, 2, 4, 8]
-    assert cost_class({}, 5.0) == 1
+    summary = summary_of(scored("reference", None, [(0, 0, 0)]))
+    ladder = {n: placed(summary, "best-of-n", [((1, 0, 0), (0, 0, 0), 0.0)], cost=n) for n in (2, 4, 8)}
+    # the nearest as a ratio: between 2 and 4 the line is at the root of 8
+    costs = [0.9, 1.0, 1.41, 1.42, 2.82, 2.84, 5.6, 5.7, 12.0, 12.1, 40.0]
+    assert [cost_class(ladder, c) for c in costs] == [1, 1, 1, 2, 2, 4, 4, 8, 8, 0, 0]
+    assert [cost_class({}, c) for c in (1.4, 5.0)] == [1, 0]

@@ -72,8 +72,8 @@ def test_panels_by_cost_hold_all_methods_beside_best_of_their_n() -> None:
     ]
     assert panels == [names for names in expected for _ in range(3)]
     assert re.findall(r"<h3>(.*?)</h3>", section) == [
-        "About the cost of one plain response",
-        "About the cost of 2 plain responses",
+        "At about the cost of one plain response",
+        "At about the cost of best-of-2",
     ]
 
 
@@ -99,7 +99,7 @@ def test_tables_of_faces_and_of_one_kl() -> None:
     nothing: dict[str, Any] = {"cost": 1.5, "hypervolume": estimate(None), "faces": [None] * 3, "gains": [None] * 3}
     gains = [estimate(0.5), None, estimate(-1)]
     rows = [
-        {"method": "m0", "cost": 1.5, "spent": 4.0, "share": [0.25, 0.5], "hypervolume": estimate(4.5)}
+        {"method": "m0", "cost": 1.5, "points": 7, "spent": 4.0, "share": [0.25, 0.5], "hypervolume": estimate(4.5)}
         | {"faces": [estimate(2.5), None, None], "gains": gains},
         nothing | {"method": "m1", "spent": 0.5, "share": [1.0, 1.0]},
         nothing | {"method": "m2", "spent": 2.0, "share": [0.5, 0.5]},
@@ -107,29 +107,41 @@ def test_tables_of_faces_and_of_one_kl() -> None:
     page = render_report(evaluation() | {"faces": faces, "at_kl": {"budget": 1.0, "methods": rows, "points": evaluation()["points"]}})
     assert cells(page, "helpful and harmless")[1] == ["m0", "1.50×", "3", "4.75 [4.65, 4.85]", "1.25 [1.15, 1.35]", "2.50 [2.40, 2.60]"]
     _, head, *found = cells(page, "At the same KL")
-    assert head[4:] == ["all", "helpful, harmless", "helpful, brief", "harmless, brief", *OBJECTIVES]
+    assert head[2:6] == ["points", "KL before", "share answered", "all"]
+    assert head[5:] == ["all", "helpful, harmless", "helpful, brief", "harmless, brief", *OBJECTIVES]
     volumes, gained = (
         ["4.50 [4.40, 4.60]", "2.50 [2.40, 2.60]", MISSING, MISSING],
         ["+0.50 [+0.40, +0.60]", MISSING, "−1.00 [−1.10, −0.90]"],
     )
-    assert found[0][2:] == ["4.00", "25\u00a0% to 50\u00a0%", *volumes, *gained]
-    assert [cell[3] for cell in found[1:]] == ["unchanged", "50\u00a0%"]
-    assert found[1][4:] == [MISSING] * 7
+    assert found[0][2:] == ["7", "4.00", "25\u00a0% to 50\u00a0%", *volumes, *gained]
+    assert [cell[4] for cell in found[1:]] == ["unchanged", "50\u00a0%"]
+    assert found[1][5:] == [MISSING] * 7
     assert "Every point within 1.0 nats" in page
 
 
 def test_headline_of_many_methods_names_the_best_of_each_cost() -> None:
     made = evaluation(6)
     values = {f"m{i}": float(i) for i in range(6)} | {"reference": 1.0, "best-of-2": 4.5}
-    made["hypervolume"] = [{"method": m, "value": v, "lo": v - 0.5, "hi": v + 0.5} for m, v in values.items()]
+    classes = {"reference": 1, "best-of-2": 2} | {f"m{i}": 1 + i % 2 for i in range(6)}
+    made["hypervolume"] = [
+        {"method": m, "value": v, "lo": v - 0.5, "hi": v + 0.5, "points": 3, "cost_class": classes[m]} for m, v in values.items()
+    ]
     rows = [
         {"ours": f"m{i}", "other": "best-of-2", "objective": o, "difference": estimate(i / 4 - 0.5)} for i in range(6) for o in OBJECTIVES
     ]
     made["equal_compute"] = rows
     best, compute = (sentence.replace("\u00a0", " ") for sentence in headline(made))
     assert best == (
-        "Largest hypervolume of 6 methods: m4 at about the cost of one plain response (4.00, 95 % interval 3.50 to 4.50; reference 1.00) "
-        "and m5 at about the cost of 2 plain responses (5.00, 95 % interval 4.50 to 5.50; best-of-2 4.50)."
+        "Largest hypervolume of 6 methods: m4, at about the cost of one plain response (4.00, 95 % interval 3.50 to 4.50; reference 1.00); "
+        "and m5, at about the cost of best-of-2 (5.00, 95 % interval 4.50 to 5.50; best-of-2 4.50)."
+    )
+    # a front of fewer points is smaller for that alone, and one dearer than any best-of-n has nothing beside it
+    made["hypervolume"][5] |= {"points": 2}
+    made["hypervolume"][3] |= {"cost_class": 0}
+    assert headline(made)[0].replace("\u00a0", " ") == (
+        "Largest hypervolume of 5 methods with all 3 points: m4, at about the cost of one plain response (4.00, 95 % interval 3.50 to "
+        "4.50; reference 1.00); m1, at about the cost of best-of-2 (1.00, 95 % interval 0.50 to 1.50; best-of-2 4.50); and m3, dearer "
+        "than the largest best-of-n (3.00, 95 % interval 2.50 to 3.50)."
     )
     # the intervals are 0.2 wide: m0 and m1 are behind by 0.5 and 0.25, m2 is at 0, m3 to m5 are ahead
     assert compute == (

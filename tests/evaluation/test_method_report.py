@@ -50,11 +50,11 @@ def cells(page: str, name: str) -> list[list[str]]:
 
 def test_hypervolume_states_its_reference_point_and_two_others() -> None:
     head, row = cells(render_report(evaluation()), "Hypervolume of each method")
-    assert head[2:] == ["above (−1.0, −1.0) [95 %]", "above (−1.5, −1.5)", "above (−0.5, −0.5)"]
-    assert row == ["soup", "1.50×", "1.905 [1.600, 2.200]", "3.810", "0.505"]
+    assert head[2:] == ["points", "above (−1.0, −1.0) [95 %]", "above (−1.5, −1.5)", "above (−0.5, −0.5)"]
+    assert row == ["soup", "1.50×", "5", "1.905 [1.600, 2.200]", "3.810", "0.505"]
     old = evaluation()
     del old["hypervolume"][0]["at"]
-    assert cells(render_report(old), "Hypervolume of each method")[1] == ["soup", "1.50×", "1.905 [1.600, 2.200]"]
+    assert cells(render_report(old), "Hypervolume of each method")[1] == ["soup", "1.50×", "5", "1.905 [1.600, 2.200]"]
 
 
 def test_metrics_control_and_price() -> None:

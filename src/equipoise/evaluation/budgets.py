@@ -24,6 +24,7 @@ from equipoise.evaluation.summary import Point, Summary
 
 KL_BUDGET = 1.0
 """Nats per response that methods are brought to."""
+_DEARER = 1.5
 
 
 def share_within(kl: float, budget: float) -> float:
@@ -84,5 +85,11 @@ def _interval(found: tuple[float, float, float]) -> dict[str, float]:
 
 
 def cost_class(ladder: Mapping[int, Sequence[Point]], cost: float) -> int:
-    """The n of best-of-n beside which a method of this cost is shown: the largest that costs at most 0.3 more; 1 is the reference."""
-    return max((n for n in ladder if n <= cost + 0.3), default=1)
+    """The n of best-of-n beside which a method of this cost is shown: the nearest in price, as a ratio; 1 is the reference.
+
+    0 of a method that costs more than one and a half times the largest.
+    """
+    prices = {1: 1.0} | {n: cost_of(points) for n, points in ladder.items()}
+    if cost > _DEARER * max(prices.values()):
+        return 0
+    return min(prices, key=lambda n: abs(np.log(cost / prices[n])))

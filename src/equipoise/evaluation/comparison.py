@@ -1,7 +1,7 @@
 """Any methods on the same prompts, against the same reference samples: the evaluation that the report draws.
 
-Rewards are standardised by the reference's own samples here. A method's point is set against the reference's best-of-n twice:
-at the KL that it spent (between two n by linear interpolation) and at its cost (the largest n that costs no more).
+Rewards are standardised by the reference's own samples here. Best-of-n has as many responses per prompt as the methods, so that
+noise makes nobody's front look larger. A method's ends are set against it at the KL and at the cost that they spent (`equal.py`).
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.evaluation.budgets import KL_BUDGET, at_budget, cost_class
+from equipoise.evaluation.equal import equal_rows
 from equipoise.evaluation.evaluate import examples_of
 from equipoise.evaluation.faces import face_rows
 from equipoise.evaluation.methods import (
-    affordable,
     between_rows,
     cost_of,
     distribution_rows,
-    ends,
     equal_length_rows,
     hypervolume_rows,
     method_rows,
 )
-from equipoise.evaluation.summary import Point, Summary, at_kl
+from equipoise.evaluation.summary import Summary
 from equipoise.evaluation.sweep import read_point
 from equipoise.objectives import Normaliser
 from equipoise.types import Prompt
@@ -56,7 +55,6 @@ def comparison_of(
         for method, weights in plan.items()
     }
     points = {method: [summary.point(s) for s in found] for method, found in scored.items()}
-    ladder = {n: [summary.best_of(reference, w, n, "best-of-n") for w in grid] for n in settings["best_of"]}
     then = {
         f"{method}, best-of-{n}": [summary.best_of(s, s.weights, n, f"{method}, best-of-n") for s in found if s.weights]
         for method, found in scored.items()
@@ -64,6 +62,8 @@ def comparison_of(
     }
     ref_point = [settings["ref_point"]] * len(objectives)
     methods = points | then
+    responses = min(found[0].z_PSK.shape[1] for found in methods.values())
+    ladder = {n: [summary.best_of(reference, w, n, "best-of-n", responses) for w in grid] for n in sorted(settings["best_of"])}
     named = methods | {f"best-of-{n}": found for n, found in ladder.items()}
     fronts = {"reference": [summary.reference]} | named
     every = [(p, cost_class(ladder, cost_of(found))) for found in fronts.values() for p in found]
@@ -75,15 +75,15 @@ def comparison_of(
         "ref_point_K": ref_point,
         "points": [summary.row(p) | {"cost_class": n} for p, n in every],
         "front": [asdict(summary.front_point(p)) for p, _ in every],
-        "hypervolume": hypervolume_rows(summary, fronts, ref_point),
+        "hypervolume": [row | {"cost_class": cost_class(ladder, row["cost"])} for row in hypervolume_rows(summary, fronts, ref_point)],
         "methods": method_rows(summary, fronts),
         "faces": face_rows(summary, fronts, ref_point),
         "at_kl": at_budget(summary, fronts, ref_point, settings.get("kl_budget", KL_BUDGET)),
         "distributions": distribution_rows(summary, named),
         "between": between_rows(summary, methods, ladder, ref_point, settings["n_boot"]),
         "equal_length": equal_length_rows(summary, named),
-        "equal_compute": _equal_compute(summary, methods, ladder),
-        "equal_kl": _equal_kl(summary, methods, ladder),
+        "equal_compute": equal_rows(summary, methods, ladder, "cost"),
+        "equal_kl": equal_rows(summary, methods, ladder, "kl"),
         "examples": examples_of(prompts, reference, shown, normaliser, settings["examples"]),
         "normaliser": asdict(normaliser),
     }
@@ -91,24 +91,3 @@ def comparison_of(
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join([*([", ".join(names[:-1])] if len(names) > 1 else []), names[-1]])
-
-
-def _equal_compute(summary: Summary, methods: Mapping[str, Sequence[Point]], ladder: Mapping[int, Sequence[Point]]) -> list[dict[str, Any]]:
-    """Each end of each method against the largest best-of-n that costs no more (the reference, best-of-1, costs 1)."""
-    rows = []
-    for name, points in methods.items():
-        for k, point in ends(points):
-            n = affordable(ladder, point.cost)
-            other = dict(ends(ladder[n]))[k] if n > 1 else summary.reference
-            rows.append(summary.compare(point, other.z_PK[:, k], k, ours=name, other=f"best-of-{n}", cost=point.cost))
-    return rows
-
-
-def _equal_kl(summary: Summary, methods: Mapping[str, Sequence[Point]], ladder: Mapping[int, Sequence[Point]]) -> list[dict[str, Any]]:
-    """Each end of each method against best-of-n at the KL that it spent; the largest n where it spent more."""
-    rows = []
-    for name, points in methods.items():
-        for k, point in ends(points):
-            rungs = [summary.reference, *(dict(ends(found))[k] for found in ladder.values())]
-            rows.append(summary.compare(point, at_kl(rungs, point.kl, k), k, ours=name, other="best-of-n", kl=point.kl))
-    return rows

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from equipoise.evaluation.equal import equal_rows
 from equipoise.evaluation.methods import between_rows, ends, equal_length_rows, hypervolume_rows, method_rows
-from equipoise.evaluation.summary import Point, Summary, at_kl
+from equipoise.evaluation.summary import Point, Summary
 from equipoise.evaluation.sweep import Scored, point_folder, read_point
 from equipoise.models.value_heads import ValueHeads
 from equipoise.objectives import Normaliser, simplex_grid, weight_label
@@ -52,7 +53,7 @@ def evaluation_of(
         "between": between_rows(summary, methods, best, ref_point, settings["n_boot"]),
         "equal_length": equal_length_rows(summary, named),
         "equal_compute": _equal_compute(summary, ours, both, best),
-        "equal_kl": _equal_kl(summary, ours, best),
+        "equal_kl": equal_rows(summary, {"single-pass": ours}, best, "kl"),
         "examples": examples_of(prompts, reference, steered, heads.normaliser, settings["examples"]),
         "values": _value_quality(values),
         "calibration": [{"weights": list(p.weights or ()), "asked": sweep["kl_budget"], "realised": p.kl} for p in ours],
@@ -77,21 +78,14 @@ def _equal_compute(summary: Summary, ours: list[Point], both: dict[int, list[Poi
     """Steering against best-of-1, and steering under best-of-n against best-of-n alone, each at its own objective."""
     rows = []
     for k, point in ends(ours):
-        rows.append(summary.compare(point, summary.reference.z_PK[:, k], k, ours="single-pass", other="best-of-1", cost=point.cost))
+        rows.append(
+            summary.compare(point.z_PK[:, k], summary.reference.z_PK[:, k], k, ours="single-pass", other="best-of-1", cost=point.cost)
+        )
     for n in sorted(set(both) & set(best)):
         for k, point in ends(both[n]):
             other = dict(ends(best[n]))[k]
-            rows.append(summary.compare(point, other.z_PK[:, k], k, ours=f"guided best-of-{n}", other=f"best-of-{n}", cost=point.cost))
-    return rows
-
-
-def _equal_kl(summary: Summary, ours: list[Point], best: dict[int, list[Point]]) -> list[dict[str, Any]]:
-    """Each end against best-of-n at the KL that the end spent, between two n by linear interpolation."""
-    rows = []
-    for k, point in ends(ours):
-        ladder = [summary.reference, *(dict(ends(points))[k] for points in best.values())]
-        other = at_kl(ladder, point.kl, k)
-        rows.append(summary.compare(point, other, k, ours="single-pass", other="best-of-n", kl=point.kl))
+            labels = {"ours": f"guided best-of-{n}", "other": f"best-of-{n}", "cost": point.cost}
+            rows.append(summary.compare(point.z_PK[:, k], other.z_PK[:, k], k, **labels))
     return rows
 
 

@@ -77,11 +77,9 @@ def front_figure(evaluation: Evaluation, x: str, y: str, points: Sequence[Point]
                 if method in several:
                     ax.annotate(f"n={n}", line[-1][1], xytext=(-3, 3), ha="right", va="bottom", **_NOTE)
         _name_ends(ax, [q for q in series[named][2] if _on_edge(q[0], evaluation["objectives"], key, i, j)], evaluation["objectives"])
-        unit = "sd of the reference" if key == "reward" else "mean score"
-        ax.set(xlabel=f"{short(x, 20)} ({unit})", ylabel=f"{short(y, 20)} ({unit})")
+        ax.set(xlabel=f"{short(x, 20)} (sd of the reference)", ylabel=f"{short(y, 20)} (sd of the reference)")
         ax.margins(0.13)
-        if key == "reward":
-            _mark_origin(ax, any(p["method"] == "reference" for p, _ in placed))
+        _mark_origin(ax, any(p["method"] == "reference" for p, _ in placed))
         legend(figure, evaluation, (p["method"] for p, _ in placed))
         return svg(figure, f"front-{key}-{i}-{j}{name}", f"{x} against {y}, a point for each method and its weights")
 

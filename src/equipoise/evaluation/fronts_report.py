@@ -7,6 +7,7 @@ the panels by cost show all of them, `MOST` at a time.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from equipoise.evaluation.drawing import Evaluation, Point, entry, number
 from equipoise.evaluation.figures import drawn_on, front_figure
 from equipoise.evaluation.front import non_dominated
-from equipoise.evaluation.headline import plain_responses
+from equipoise.evaluation.headline import at_cost
 from equipoise.evaluation.markup import Html, decimal, element, figures, interval, join, multiple, note, percent, table
 
 MOST = 7
@@ -26,8 +27,8 @@ _REWARDS = "Rewards that were optimised. Up and right is better; bars are 95 % i
 _JUDGES = "Judges that no method saw. Gains on the rewards that don't show here suggest that the rewards were gamed."
 _ENDS = " Only points with all weight on one objective are shown."
 _CLASSES = (
-    "Methods beside what the same cost buys without them: in each class those whose responses cost about as much as n plain ones, "
-    "and best-of-n. A method is in the class of the largest n that costs at most 0.3 more than it."
+    "Methods beside what the same cost buys without them: each is shown with the best-of-n that is nearest to it in cost, as a ratio, "
+    "those of more than 1.5 times the largest's cost beside that one. best-of-n reads its prompt once."
 )
 _AT_KL = (
     "A mixture that gives the method's answer with probability a and the reference's otherwise has a times the gain, and at most a "
@@ -71,8 +72,10 @@ def classes_section(evaluation: Evaluation) -> Html:
     """A panel per class of cost and two objectives: its methods, best-of-n of that n and the reference."""
     points, names = evaluation.get("points") or [], evaluation["objectives"]
     parts: list[Html] = []
-    for n in sorted({p["cost_class"] for p in points if p.get("cost_class") and p["method"] not in _LADDER}):
-        beside = [p for p in points if p["method"] == "reference" or (p["method"] == "best-of-n" and p.get("n_candidates") == n)]
+    classes = {p["cost_class"] for p in points if p.get("cost_class") is not None and p["method"] not in _LADDER}
+    most = max((p.get("n_candidates") or 1 for p in points if p["method"] == "best-of-n"), default=1)
+    for n in sorted(classes, key=lambda n: n or np.inf):
+        beside = [p for p in points if p["method"] == "reference" or (p["method"] == "best-of-n" and p.get("n_candidates") == (n or most))]
         methods = _by_hypervolume(evaluation, {p["method"] for p in points if p.get("cost_class") == n} - set(_LADDER))
         drawn: list[tuple[str, object]] = []
         size = -(-len(methods) // -(-len(methods) // MOST)) if methods else 1  # panels as full as each other
@@ -80,17 +83,20 @@ def classes_section(evaluation: Evaluation) -> Html:
             few = methods[start : start + size]
             shown = beside + [p for p in points if p["method"] in few and p.get("cost_class") == n]
             for i, j in itertools.islice(itertools.combinations(range(len(names)), 2), _PAIRS):
-                caption = f"{', '.join(few)}; cost of {plain_responses(n)}."
+                caption = f"{', '.join(few)}; {at_cost(n)}."
                 drawn.append((front_figure(evaluation, names[i], names[j], shown, f"-cost{n}-{start}"), caption))
         found = figures(*drawn)
         if found:
-            parts += [element("h3", f"About the cost of {plain_responses(n)}"), found]
+            parts += [element("h3", at_cost(n).capitalize()), found]
     return join(note(_CLASSES), *parts) if parts else Html("")
 
 
 def _by_hypervolume(evaluation: Evaluation, methods: set[str]) -> list[str]:
     """Best first, so that the first panel holds the best."""
-    value = {row["method"]: number(row.get("value")) or 0.0 for row in evaluation.get("hypervolume") or []}
+    value: dict[str, float] = {}
+    for row in evaluation.get("hypervolume") or []:
+        name = re.sub(r", best-of-\d+$", ", best-of-n", row["method"])
+        value[name] = max(value.get(name, 0.0), number(row.get("value")) or 0.0)
     return sorted(methods, key=lambda name: (-value.get(name, 0.0), name))
 
 
@@ -107,13 +113,14 @@ def at_kl_section(evaluation: Evaluation) -> Html:
         caption = f"Every point within {decimal(found['budget'], 1)} nats per response. Bars are 95 % intervals over prompts.{left_out}"
         drawn.append((front_figure(evaluation, names[i], names[j], shown, "-kl"), caption))
     cells = [
-        [r["method"], multiple(r.get("cost")), decimal(r.get("spent")), _share(r.get("share")), interval(r.get("hypervolume")),
+        [r["method"], multiple(r.get("cost")), decimal(r.get("points"), 0), decimal(r.get("spent")), _share(r.get("share")),
+         interval(r.get("hypervolume")),
          *(interval(entry(r.get("faces"), f)) for f in range(len(faces))),
          *(interval(entry(r.get("gains"), k), sign=True) for k in range(len(names)))]
         for r in rows
     ]  # fmt: skip
-    head = ["method", "cost", "KL before", "share answered", "all", *(f"{names[i]}, {names[j]}" for i, j in faces), *names]
-    groups = [("", 1), ("", 1), ("", 1), ("", 1), ("hypervolume", 1 + len(faces)), ("gain, all weight on it", len(names))]
+    head = ["method", "cost", "points", "KL before", "share answered", "all", *(f"{names[i]}, {names[j]}" for i, j in faces), *names]
+    groups = [("", 1), ("", 1), ("", 1), ("", 1), ("", 1), ("hypervolume", 1 + len(faces)), ("gain, all weight on it", len(names))]
     return join(note(_AT_KL), figures(*drawn), table(head, cells, groups, "At the same KL"))
 
 

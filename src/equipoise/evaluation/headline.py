@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from equipoise.evaluation.figures import own_objective
 from equipoise.evaluation.markup import decimal
 
 _LISTED = 4
+_LADDER = re.compile(r"reference|best-of-\d+")
 
 
 def headline(evaluation: Evaluation) -> list[str]:
@@ -44,25 +46,27 @@ def our_method(evaluation: Evaluation) -> str | None:
 
 def _best(evaluation: Evaluation) -> str:
     """The largest hypervolume in each class of cost, beside best-of-n's; "" of few methods and where there are no classes."""
-    classes = {p["method"]: p["cost_class"] for p in evaluation.get("points") or [] if p.get("cost_class")}
     value = {r["method"]: r for r in evaluation.get("hypervolume") or [] if number(r.get("value")) is not None}
-    rows = sorted((r for name, r in value.items() if name in classes and name != "reference"), key=lambda r: -r["value"])
-    if len(rows) <= _LISTED:
+    steered = [r for r in value.values() if r.get("cost_class") is not None and not _LADDER.fullmatch(r["method"])]
+    points = max((r["points"] for r in steered), default=0)
+    rows = sorted((r for r in steered if r["points"] == points), key=lambda r: -r["value"])  # of fewer points a front is smaller
+    if len(steered) <= _LISTED:
         return ""
     clauses = []
-    for n in sorted({classes[row["method"]] for row in rows}):
-        best = next(row for row in rows if classes[row["method"]] == n)
+    for n in sorted({row["cost_class"] for row in rows}, key=lambda n: n or float("inf")):
+        best = next(row for row in rows if row["cost_class"] == n)
         plain = "reference" if n == 1 else f"best-of-{n}"
         beside = f"; {plain} {decimal(value[plain]['value'])}" if plain in value else ""
-        clauses.append(
-            f"{best['method']} at about the cost of {plain_responses(n)} ({decimal(best['value'])}, {_range(best, sign=False)}{beside})"
-        )
-    return f"Largest hypervolume of {len(rows)} methods: {_listing(clauses, ', ')}."
+        clauses.append(f"{best['method']}, {at_cost(n)} ({decimal(best['value'])}, {_range(best, sign=False)}{beside})")
+    counted = "" if len(rows) == len(steered) else f" with all {points} points"
+    return f"Largest hypervolume of {len(rows)} methods{counted}: {_listing(clauses, '; ')}."
 
 
-def plain_responses(n: int) -> str:
-    """ "one plain response", "4 plain responses"."""
-    return "one plain response" if n == 1 else f"{n} plain responses"
+def at_cost(n: int) -> str:
+    """A class of cost in words: that of one plain response, of best-of-n, or (0) of more than any best-of-n there."""
+    if not n:
+        return "dearer than the largest best-of-n"
+    return "at about the cost of one plain response" if n == 1 else f"at about the cost of best-of-{n}"
 
 
 def _ends(evaluation: Evaluation) -> str:
@@ -87,14 +91,14 @@ def _comparison(opening: str, rows: Sequence[Mapping[str, Any]], key: str, unit:
     if not scored:
         return ""
     if len(scored) <= _LISTED:
-        return f"{opening}, {_listing([_clause(row, key, unit) for row in scored], '; ')}."
+        return f"{opening}, {_listing([_clause(row, price_of(row, key, unit)) for row in scored], '; ')}."
     names = list(dict.fromkeys(row["ours"] for row in scored))
     if len(names) > _LISTED:
         return _tally(opening, names, scored)
     ours = sum(verdict(row) == row["ours"] for row in scored)
     lost = [row for row in scored if verdict(row) == row["other"]]
     whose = (lambda row: f"{row['ours']} to ") if len(names) > 1 else (lambda row: "")
-    behind = ", ".join(f"{whose(row)}{row['other']} on {row['objective']} at {decimal(row.get(key))}{unit}" for row in lost[:_LISTED])
+    behind = ", ".join(f"{whose(row)}{row['other']} on {row['objective']} at {price_of(row, key, unit)}" for row in lost[:_LISTED])
     more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
     return (
         f"{opening}, {_listing(names, ', ')} {'is' if len(names) == 1 else 'are'} "
@@ -115,8 +119,15 @@ def _tally(opening: str, names: Sequence[str], scored: Sequence[Mapping[str, Any
     )
 
 
-def _clause(row: Mapping[str, Any], key: str, unit: str) -> str:
-    difference, winner, place = row["difference"], verdict(row), f"({decimal(row.get(key))}{unit})"
+def price_of(row: Mapping[str, Any], key: str, unit: str = "") -> str:
+    """What both sides spent; a method that spends more by itself was brought there by answering with the reference now and then."""
+    met = decimal(row.get(key))
+    spent = met if number(row.get(key)) is None else f"{met}{unit}"
+    return f"{spent}, mixed from {decimal(row['spent'])}" if row.get("share", 1) < 1 else spent
+
+
+def _clause(row: Mapping[str, Any], place: str) -> str:
+    difference, winner, place = row["difference"], verdict(row), f"({place})"
     if winner == "undecided":
         return (
             f"{row['ours']} and {row['other']} can't be told apart on {row['objective']} {place}: "

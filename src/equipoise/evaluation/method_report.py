@@ -27,10 +27,11 @@ _CONTROL = (
 )
 _PRICE = (
     "KL and floor in nats; tokens read by the policy and by what guides it, prompt included (a tuned policy counts as a guide, and "
-    "a reference that only measures it not at all); texts that rewards scored to choose it; seconds of sampling, in batches, without the "
-    "scoring of best-of-n; the most memory that the process held meanwhile, with all that it had loaded (on a GPU, there). "
-    "Processes at once slow each other. Training: processor minutes of every run that the method's artefacts rest on, those that "
-    "several methods share counted for each; of a run that was killed and continued, the last process's."
+    "a reference that only measures it not at all), the policy's prompt once for all candidates; texts that rewards scored to choose "
+    "it; seconds of sampling, in batches, with the scoring of methods that choose while they sample; the most memory that the process "
+    "held meanwhile, with all that it had loaded (on a GPU, there). Processes at once slow each other. Training: processor minutes of "
+    "every run that the method's artefacts rest on, those that several methods share counted for each; of a run that was killed and "
+    "continued, the last process's."
 )
 _BETWEEN = (
     "Differences at the weights that both have, each method as one front, with 95\u00a0% intervals over prompts; p from a two-sided "
@@ -58,12 +59,15 @@ def hypervolume_section(evaluation: Evaluation) -> Html:
         [
             r["method"],
             multiple(r.get("cost")),
+            decimal(r.get("points"), 0),
             interval(r, 3, key="value"),
             *(decimal(entry(r.get("at"), i).get("mean"), 3) for i in range(len(moved))),
         ]
         for r in measured
     ]
-    found = table(["method", "cost", f"above {corner} [95 %]", *(f"above {ref}" for ref in moved)], rows, name="Hypervolume of each method")
+    found = table(
+        ["method", "cost", "points", f"above {corner} [95 %]", *(f"above {ref}" for ref in moved)], rows, name="Hypervolume of each method"
+    )
     if not found:
         return found
     return join(

@@ -27,6 +27,7 @@ from equipoise.evaluation.front_metrics import (
     violations,
 )
 from equipoise.evaluation.summary import Point, Summary
+from equipoise.types import UserError
 
 OTHER_REF_POINTS = (-0.5, 0.5)
 """By how much the reference point is moved on every objective to show how far the hypervolume hangs on it."""
@@ -110,7 +111,7 @@ def between_rows(
 
 def affordable(ladder: Mapping[int, Sequence[Point]], cost: float) -> int:
     """The largest n of best-of-n that costs no more; the reference is best-of-1 and costs 1."""
-    return max((n for n in ladder if n <= cost + 0.05), default=1)
+    return max((n for n, points in ladder.items() if cost_of(points) <= cost + 0.05), default=1)
 
 
 def _between(
@@ -184,7 +185,15 @@ def equal_length_rows(summary: Summary, named: Mapping[str, Sequence[Point]]) ->
 
 
 def resampled(summary: Summary, points: Sequence[Point], columns: Sequence[int] | slice = slice(None)) -> np.ndarray:
-    """The points' means of the objectives `columns`, of the data and of resampled prompts, [1 + n_boot, W, K]."""
+    """The points' means of the objectives `columns`, of the data and of resampled prompts, [1 + n_boot, W, K].
+
+    Raises `UserError` naming a method and an objective that its responses aren't scored on.
+    """
+    for k, name in enumerate(summary.objectives):
+        if np.any([np.isfinite(p.z_PK[:, k]) for p in points], axis=0).sum() < 2:
+            raise UserError(
+                f"{points[0].method}: {name} scored its responses to fewer than two prompts; leave the method out, or the objective"
+            )
     return resampled_front(np.stack([p.z_PK[:, : len(summary.objectives)][:, columns] for p in points]), summary.indices)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from equipoise.evaluation.drawing import Evaluation, Point, entry, number, point_names, weights_text
 from equipoise.evaluation.figures import bars_figure, gain_per_compute_figure, gain_per_nat_figure
 from equipoise.evaluation.fronts_report import at_kl_section, classes_section, faces_section, front_section
-from equipoise.evaluation.headline import headline, verdict
+from equipoise.evaluation.headline import headline, price_of, verdict
 from equipoise.evaluation.markup import (
     Html,
     decimal,
@@ -183,7 +183,7 @@ def _equal(evaluation: Evaluation) -> Html:
             (
                 r["objective"],
                 f"{r['ours']} − {r['other']}",
-                decimal(r.get("kl")) if key == "equal_kl" else multiple(r.get("cost")),
+                price_of(r, *(("kl", "") if key == "equal_kl" else ("cost", "×"))),
                 interval(r.get("difference"), sign=True),
                 pvalue(r.get("p")),
                 verdict(r),
@@ -198,7 +198,9 @@ def _equal(evaluation: Evaluation) -> Html:
     return join(
         note(
             "Differences on the same prompts; p from a two-sided paired permutation test. Nobody is called ahead where the interval "
-            "holds 0. Neither is corrected for the number of comparisons."
+            "holds 0. Neither is corrected for the number of comparisons. Between two n, best-of-n is the mixture of both that has the "
+            "method's price. A method that spends more than the largest n is brought to that one's price by answering with the reference "
+            "now and then (mixed); it may do better if it is made for that price."
         ),
         *parts,
     )

@@ -7,8 +7,6 @@ prompts. Best-of-n and resampling choose among the reference's own samples of ea
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -19,12 +17,12 @@ from equipoise.decoding.resampling import best_of_n, best_of_n_kl, resample, res
 from equipoise.evaluation.front import (
     bootstrap_indices,
     mean_interval,
-    paired_interval,
     permutation_pvalue,
     scored_mean,
 )
 from equipoise.evaluation.sweep import Scored, mean_cost, seconds_per_response, tokens_per_second
 from equipoise.objectives import Normaliser, linear, weight_label
+from equipoise.progress import say
 from equipoise.rewards.text import is_refusal, is_repetitive, leaks_format, word_count
 from equipoise.types import FrontPoint, UserError
 
@@ -83,9 +81,9 @@ class Summary:
         if self.names[: len(self.objectives)] != self.objectives:
             raise UserError(f"the sweep scored {self.names}, but the values are for {self.objectives}; score those first and in that order")
         self.prompt_ids = list(dict.fromkeys(r.prompt_id for r in reference.rollouts))
-        judged = Normaliser.fit(self.judges, reference.reward_NK[:, len(self.objectives) :])
-        self._mean = np.array([*normaliser.mean_K, *judged.mean_K])
-        self._sd = np.array([*normaliser.sd_K, *judged.sd_K])
+        judged = [_scale_of(name, column) for name, column in zip(self.names, reference.reward_NK.T, strict=True) if name in self.judges]
+        self._mean = np.array([*normaliser.mean_K, *(mean for mean, _ in judged)])
+        self._sd = np.array([*normaliser.sd_K, *(sd for _, sd in judged)])
         self.indices = bootstrap_indices(len(self.prompt_ids), n_boot, seed)
         self._unit = mean_cost(reference)
         self.reference = self.point(reference)
@@ -129,14 +127,17 @@ class Summary:
             **(facts | overrides),
         )
 
-    def best_of(self, scored: Scored, weights: tuple[float, ...], n: int, method: str) -> Point:
-        """Best-of-n by the weighted rewards, averaged over the disjoint groups of n samples of each prompt."""
-        groups_PGN = self._groups(scored, n)
+    def best_of(self, scored: Scored, weights: tuple[float, ...], n: int, method: str, groups: int | None = None) -> Point:
+        """Best-of-n by the weighted rewards, averaged over the disjoint groups of n samples of each prompt, or the first `groups`.
+
+        A front of noisier points has more regret, sparsity and volume: what is set side by side should have as many responses.
+        """
+        groups_PGN = self._groups(scored, n)[:, :groups]
         score = linear(self._z(scored)[:, : len(self.objectives)], weights)[groups_PGN]
         pick_PG = best_of_n(score.reshape(-1, n)).reshape(score.shape[:2])
         choice_PG = np.take_along_axis(groups_PGN, pick_PG[..., None], axis=2)[..., 0]
-        base = self.point(scored)
-        return self.point(scored, choice_PG, method=method, weights=weights, kl_P=base.kl_P + best_of_n_kl(n), **self._candidates(base, n))
+        kl_P = self._drift(scored, choice_PG) + best_of_n_kl(n)
+        return self.point(scored, choice_PG, method=method, weights=weights, kl_P=kl_P, **self._candidates(scored, n))
 
     def resampled(self, scored: Scored, weights: tuple[float, ...], beta: float) -> Point:
         """One draw per prompt from softmax(score / beta) over all its samples."""
@@ -144,20 +145,35 @@ class Summary:
         score = linear(self._z(scored)[:, : len(self.objectives)], weights)[rows_PS]
         pick = resample(score, beta, [scored.rollouts[i].seed for i in rows_PS[:, 0]])
         choice_PG = np.take_along_axis(rows_PS, pick[:, None], axis=1)
-        kl_P = np.array([resampling_kl(score_N, beta) for score_N in score[:, None]])
-        candidates = self._candidates(self.point(scored), rows_PS.shape[1])
+        kl_P, bound = np.array([resampling_kl(score_N, beta) for score_N in score[:, None]]), best_of_n_kl(rows_PS.shape[1])
+        kl_P = self._drift(scored, choice_PG) + (kl_P if kl_P.mean() < bound else bound)
+        candidates = self._candidates(scored, rows_PS.shape[1])
         return self.point(scored, choice_PG, method="resampling", weights=weights, kl_P=kl_P, **candidates)
 
-    def _candidates(self, one: Point, n: int) -> dict[str, Any]:
-        """What a choice among n candidates costs, where one costs this much: every objective scores each of them."""
+    def _drift(self, scored: Scored, choice_PG: np.ndarray) -> np.ndarray:
+        """E_q[log pi/pi_ref] of a choice q among pi's samples: their mean KL, and how far the chosen log-ratios are from all of them.
+
+        The KL of q is this and q's own from pi. 0 of the reference's samples; the more, the more the choice agrees with what steered.
+        """
+        ratio_N = np.array([r.log_ratio for r in scored.rollouts])
+        beyond_N = np.array([r.kl for r in scored.rollouts]) - ratio_N
+        return np.asarray(beyond_N[scored.by_prompt(self.prompt_ids)].mean(axis=1) + ratio_N[choice_PG].mean(axis=1))
+
+    def _candidates(self, scored: Scored, n: int) -> dict[str, Any]:
+        """What a choice among n candidates costs: every objective scores each, and the policy reads their prompt once.
+
+        What guides is charged for the prompt with each candidate. The seconds of scoring weren't measured, so there are none.
+        """
+        one = self.point(scored)
+        prompt = float(np.mean([r.prompt_tokens for r in scored.rollouts])) * scored.reference_counts
         return {
             "n": n,
-            "cost": n * one.cost,
-            "base_forwards": n * one.base_forwards,
+            "cost": n * one.cost - (n - 1) * prompt / self._unit,
+            "base_forwards": n * one.base_forwards - (n - 1) * prompt,
             "guide_forwards": n * one.guide_forwards,
             "reward_calls": n * (one.reward_calls + len(self.objectives)),
             "tokens_per_s": None,
-            "seconds": None if one.seconds is None else n * one.seconds,
+            "seconds": None,
         }
 
     def _groups(self, scored: Scored, n: int) -> np.ndarray:
@@ -195,11 +211,13 @@ class Summary:
         }
 
     def _interval(self, values_P: np.ndarray) -> dict[str, float]:
-        return dict(zip(("mean", "lo", "hi"), mean_interval(values_P, self.indices), strict=True))
+        """{mean, lo, hi}; NaN where fewer than two prompts are scored, as those of a policy that has nothing left to say."""
+        found = mean_interval(values_P, self.indices) if np.isfinite(values_P).sum() > 1 else (np.nan,) * 3
+        return dict(zip(("mean", "lo", "hi"), found, strict=True))
 
     def gain(self, point: Point, k: int) -> dict[str, float]:
         """{mean, lo, hi} of the paired difference to the reference on objective or judge k."""
-        return dict(zip(("mean", "lo", "hi"), paired_interval(point.z_PK[:, k], self.reference.z_PK[:, k], self.indices), strict=True))
+        return self._interval(point.z_PK[:, k] - self.reference.z_PK[:, k])
 
     def front_point(self, point: Point) -> FrontPoint:
         """A point as the record that front.json holds; its standard error is over prompts."""
@@ -218,28 +236,25 @@ class Summary:
             n_unscored=point.unscored,
         )
 
-    def compare(self, point: Point, other_P: np.ndarray, k: int, **labels: Any) -> dict[str, Any]:
-        """Paired difference of objective k between a point and another's per-prompt means."""
-        mine = point.z_PK[:, k]
-        difference = dict(zip(("mean", "lo", "hi"), paired_interval(mine, other_P, self.indices), strict=True))
+    def compare(self, ours_P: np.ndarray, other_P: np.ndarray, k: int, **labels: Any) -> dict[str, Any]:
+        """Paired difference of objective k between two points' per-prompt means."""
+        difference = self._interval(ours_P - other_P)
         return {
             "objective": self.objectives[k],
             "difference": difference,
-            "p": permutation_pvalue(mine, other_P, 10000, self.seed),
+            "p": permutation_pvalue(ours_P, other_P, 10000, self.seed) if np.isfinite(difference["mean"]) else np.nan,
             **labels,
         }
 
 
-def at_kl(points: Sequence[Point], kl: float, k: int) -> np.ndarray:
-    """Per-prompt means of objective k at a KL between two points, by linear interpolation in KL; the last one's beyond."""
-    ordered = sorted(points, key=lambda p: p.kl)
-    if kl >= ordered[-1].kl:
-        return ordered[-1].z_PK[:, k]
-    for low, high in itertools.pairwise(ordered):
-        if low.kl <= kl <= high.kl:
-            share = (kl - low.kl) / max(high.kl - low.kl, 1e-12)
-            return (1 - share) * low.z_PK[:, k] + share * high.z_PK[:, k]
-    return ordered[0].z_PK[:, k]
+def _scale_of(judge: str, value_N: np.ndarray) -> tuple[float, float]:
+    """(mean, sd) of a judge on the reference's responses; NaN of one that can't tell them apart, which is said once."""
+    try:
+        found = Normaliser.fit((judge,), value_N[:, None])
+    except UserError as error:
+        say(f"the judge {judge} is left out: {error}")
+        return np.nan, np.nan
+    return found.mean_K[0], found.sd_K[0]
 
 
 @lru_cache(maxsize=1 << 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,9 @@ class Compare:
         common.check_counts(samples=self.samples, reference_samples=self.reference_samples, workers=self.workers)
         if not 0 < self.kl_budget < float("inf"):
             raise UserError(f"kl_budget is a number of nats above 0, not {self.kl_budget}; 1 is usual")
+        common.check_counts(n_boot=self.n_boot, best_of=min((*self.best_of, 1)), each_best_of=min((*self.each_best_of, 1)))
+        if not isfinite(self.ref_point):
+            raise UserError(f"ref_point is a number of standard deviations, not {self.ref_point}; -1 is usual")
         most = max((*self.best_of, 1))
         if most > self.reference_samples:
             raise UserError(f"best-of-{most} needs reference_samples of at least {most}, not {self.reference_samples}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -45,6 +46,7 @@ class Method(Steer):
 
 
 _PLAIN = Method()
+_LADDER = re.compile(r"best-of-(n|\d+)$")
 
 
 def said(config: Any, plain: Any = _PLAIN) -> dict[str, Any]:
@@ -72,10 +74,14 @@ def points_of(
     """A method's points: at its own weights, those of its policies or palettes, or else at every weight vector of `grid`.
 
     `settings`: those of the comparison; model, sampling and trust_remote_code hold for every method. Raises `UserError` for a name
-    that can't be a folder's, steering that isn't of these objectives, and two points at one place.
+    that can't be a folder's or is that of best-of-n, steering that isn't of these objectives, and two points at one place.
     """
     if name == "reference" or "/" in name or name.startswith("."):
         raise UserError(f"{name!r} can't be a method's name: it becomes a folder beside the reference's")
+    if _LADDER.search(name):
+        raise UserError(
+            f"{name!r} can't be a method's name: best-of-n comes with every comparison; call it 'best of 4 while sampling', say"
+        )
     try:
         return _points(with_recipe(method), objectives, grid, settings)
     except UserError as error:
