@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Mistra
 from conftest import TINY_WORDS, build_tokenizer
 from decoding.rows import PROMPTS, Plain, check_batches, check_every_response, leaves
 from equipoise.decoding.scorer_guided import ScorerGuide
+from equipoise.decoding.value_guided import PolicySampler
 from equipoise.models.chat import prompt_ids
 from equipoise.models.generation import Sampling, generate
 from equipoise.models.loading import LanguageModel
@@ -80,7 +81,20 @@ def test_every_response(tiny_lm, scorers, monkeypatch, config):
 def test_a_row_does_not_depend_on_its_batch(tiny_lm, scorers):
     for rollout in check_batches(tiny_lm, ScorerGuide(tiny_lm, scorers, BETA), Sampling(max_new_tokens=9, top_k=5), WEIGHTS):
         head = next(prompt_ids(tiny_lm.tokenizer, p) for p in PROMPTS if p.id == rollout.prompt_id)
-        assert rollout.guide_forwards == 2 * (len(head) + 5 * len(rollout.tokens))
+        asked = sum(w != 0 for w in rollout.weights or ())  # whichever scorers run for others
+        assert rollout.guide_forwards == asked * (len(head) + 5 * len(rollout.tokens))
+
+
+def test_scorers_that_nobody_asks_for_do_not_run(tiny_lm, scorers, tiny_tokenizer):
+    broken = scorer(tiny_tokenizer, 53)
+    broken.model.forward = broken.model.model.forward = None  # would raise
+    one = ScorerGuide(tiny_lm, {"x": scorers["x"], "y": broken}, BETA)
+    both, config = ScorerGuide(tiny_lm, scorers, BETA), Sampling(max_new_tokens=6, top_k=5)
+    rows = [Request(id=f"r-{i}", prompt=PROMPTS[i], seed=i, weights=w) for i, w in enumerate(((0.7, 0.0), None))]
+    got, want = PolicySampler(tiny_lm, config, one)(rows), generate(tiny_lm, rows, config, both)
+    assert [(r.tokens, r.guide_forwards) for r in got] == [(r.tokens, r.guide_forwards) for r in want]
+    assert [r.kl for r in got] == pytest.approx([r.kl for r in want], abs=1e-6)
+    assert PolicySampler(tiny_lm, config, one)(rows[1:])[0].guide_forwards == 0
 
 
 def test_a_scorer_of_weight_zero_is_left_out_and_one_that_says_nan_is_named(tiny_lm, scorers, tiny_tokenizer):

@@ -77,6 +77,8 @@ def test_a_limit_cuts_the_prompts_beginning_alike_for_all_and_is_marked(tiny_tok
     assert (whole.cut, short.cut) == (False, True)
     assert short.responses == whole.responses == ((3, 4, 2), (5, 2))
     assert len(short.prompt) == len(whole.prompt) - 2
+    cut = completions_of(tiny_tokenizer, asked, ("a b", "c d e f a b c d e f a b c d e f a b c d"), limit=12)
+    assert cut.responses[0][-1] == tiny_tokenizer.eos_token_id != cut.responses[1][-1]  # nobody is taught to end where the limit is
     open_end = completions_of(tiny_tokenizer, asked, ("a b", "c"), finished=(False, True))
     assert open_end.responses == ((3, 4), (5, 2))
     with pytest.raises(UserError, match="no room for a response"):

@@ -124,7 +124,10 @@ def test_targets_by_hand():
     rollouts = [rollout(p, True) for p in ("p0", "p1", "p0", "p1", "p0")]
     z = np.array([[1.0, 0.0], [5.0, 1.0], [2.0, np.nan], [7.0, 3.0], [6.0, 4.0]])
     targets = make_targets(rollouts, z, folds=2, seed=0)
-    np.testing.assert_allclose(targets.centred_RK, [[-2, -2], [-1, -1], [-1, np.nan], [1, 1], [3, 2]])
+    # 1 - (2 + 6) / 2 = -3 and so on; a prompt's only scored response says nothing of what its beginning was worth
+    np.testing.assert_allclose(targets.centred_RK, [[-3, -4], [-2, -2], [-1.5, np.nan], [2, 2], [4.5, 4]])
+    alone = make_targets(rollouts[:2], z[:2], folds=2, seed=0)
+    assert np.isnan(alone.centred_RK).all()
     assert targets.fold_R[0] == targets.fold_R[2] == targets.fold_R[4] != targets.fold_R[1] == targets.fold_R[3]
     assert targets.stopped_R.all()
 

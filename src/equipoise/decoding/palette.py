@@ -63,7 +63,8 @@ class PaletteSampler:
         chosen = choose(reward_PNK, v, [r.seed for r in requests])
         if self.monitor is not None:
             for reward_NK, j in zip(reward_PNK, chosen, strict=True):
-                self.monitor.observe(reward_NK, int(j))
+                if self.monitor.observe(reward_NK, int(j)):
+                    break  # the others were drawn at the multipliers before, of which the new stretch is to say nothing
         score_PN = tilt(reward_PNK, v)
         return [
             served(

@@ -14,6 +14,7 @@ Reads: models. Writes: nothing. The weights enter: the logits.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -26,7 +27,7 @@ from equipoise.models.loading import LanguageModel
 from equipoise.models.rows import Batch, Mark
 from equipoise.models.scalar_heads import head_of
 from equipoise.objectives import Normaliser
-from equipoise.types import UserError
+from equipoise.types import Request, UserError
 
 
 class ScorerGuide:
@@ -57,24 +58,33 @@ class ScorerGuide:
         self._known = known_tokens(lm.tokenizer)
         self._heads = [head_of(scorer.model) for scorer in self._scorers]
         self._scale_K = [1 / (beta * sd) for sd in (normaliser.sd_K if normaliser else (1.0,) * len(scorers))]
+        self._running = tuple(range(len(scorers)))
+
+    def narrowed(self, requests: Sequence[Request]) -> ScorerGuide:
+        """The guide for these requests and no others: scorers that have no weight in any of them don't run."""
+        found = copy.copy(self)
+        found._running = tuple(k for k in self._running if any(r.weights is not None and r.weights[k] != 0 for r in requests))
+        return found
 
     def follow(self, start: Start) -> Sequence[ScorerRuns]:
         """The scorers, at the prompts. Raises `UserError` for a prompt that leaves one no room."""
-        for scorer, (request, prompt) in itertools.product(self._scorers, zip(start.requests, start.prompts, strict=True)):
+        scorers = [self._scorers[k] for k in self._running]
+        for scorer, (request, prompt) in itertools.product(scorers, zip(start.requests, start.prompts, strict=True)):
             check_room(scorer, request.prompt.id, len(prompt), start.batch.room)
         room = start.batch.room + start.candidates
-        return [ScorerRuns([Batch(scorer, start.prompts, (), room) for scorer in self._scorers], list(map(len, start.prompts)))]
+        asked = [sum(w != 0 for w in request.weights or ()) for request in start.requests]
+        return [ScorerRuns([Batch(scorer, start.prompts, (), room) for scorer in scorers], asked, list(map(len, start.prompts)))]
 
     def shift(self, step: Step) -> torch.Tensor:
         """(1/beta) sum_k w_k v_k(s + a), [R, C]."""
         ids_RC = step.candidates_RC.clamp(max=self._known - 1)
         runs = _runs(step)
         shift_RC = torch.zeros_like(step.ref_logprobs_RC)
-        for k, (run, head) in enumerate(zip(runs.runs, self._heads, strict=True)):
-            value_RC = head(run.branch(ids_RC.to(run.lm.device))[run.lm.num_layers])[..., 0].float().to(shift_RC.device)
+        for k, run in zip(self._running, runs.runs, strict=True):
+            value_RC = self._heads[k](run.branch(ids_RC.to(run.lm.device))[run.lm.num_layers])[..., 0].float().to(shift_RC.device)
             weight_R1 = step.weights_RK[:, k : k + 1]
             shift_RC += torch.where(weight_R1 == 0, 0.0, weight_R1 * self._scale_K[k] * value_RC)
-        runs.forwards_R = runs.forwards_R + len(runs.runs) * ids_RC.shape[1]
+        runs.forwards_R = runs.forwards_R + runs.asked_R * ids_RC.shape[1]
         return shift_RC
 
     def advance(self, step: Step, choice_R: torch.Tensor) -> None:
@@ -84,17 +94,17 @@ class ScorerGuide:
 
 
 class ScorerRuns:
-    """The scorers of one running batch: a follower of it (`models/rows.py`)."""
+    """The scorers of one running batch: a follower of it (`models/rows.py`). A row is charged for those that have weight in it."""
 
-    def __init__(self, runs: list[Batch], prompt_tokens: list[int]) -> None:
-        self.runs = runs
-        self.forwards_R = len(runs) * torch.tensor(prompt_tokens)
+    def __init__(self, runs: list[Batch], asked: list[int], prompt_tokens: list[int]) -> None:
+        self.runs, self.asked_R = runs, torch.tensor(asked)
+        self.forwards_R = self.asked_R * torch.tensor(prompt_tokens)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows."""
         for run in self.runs:
             run.select(rows.to(run.lm.device))
-        self.forwards_R = self.forwards_R[rows.cpu()]
+        self.forwards_R, self.asked_R = self.forwards_R[rows.cpu()], self.asked_R[rows.cpu()]
 
     @property
     def mergeable(self) -> bool:
@@ -106,6 +116,7 @@ class ScorerRuns:
         for mine, theirs in zip(self.runs, other.runs, strict=True):
             mine.take(slots.to(mine.lm.device), theirs, rows.to(mine.lm.device))
         self.forwards_R = self.forwards_R.index_copy(0, slots.cpu(), other.forwards_R[rows.cpu()])
+        self.asked_R = self.asked_R.index_copy(0, slots.cpu(), other.asked_R[rows.cpu()])
 
     def mark(self, row: int) -> list[Mark]:
         """Where the scorers are in the row."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from equipoise.models.chat import turn_ids
+from equipoise.models.chat import response_ids, turn_ids
 from equipoise.models.trees import TokenTree, tree_batch
 from equipoise.types import Prompt
 
@@ -37,15 +37,17 @@ class Completions:
 def completions_of(
     tokenizer: Any, prompt: Prompt, responses: Sequence[str], limit: int | None = None, *, finished: Sequence[bool] | None = None
 ) -> Completions:
-    """The prompt in the chat template and the responses, each with the token that ends a turn unless it isn't `finished`.
+    """The prompt in the chat template and the responses, each with the token that ends a turn unless it isn't `finished` or is cut.
 
     With a `limit` the longest response and the prompt have at most so many tokens: the beginning of the prompt goes first, the
     same for all responses, then the end of a response that is too long alone. Raises `UserError` for a limit without room.
     """
     turns = [turn_ids(tokenizer, prompt, response, limit) for response in responses]
     context = min((context for context, _, _ in turns), key=len)
-    done = finished or [True] * len(responses)
-    said = [tuple(answer if ended else answer[:-1]) for (_, answer, _), ended in zip(turns, done, strict=True)]
+    done, said = finished or [True] * len(responses), []
+    for (_, answer, cut), response, ended in zip(turns, responses, done, strict=True):
+        whole = ended and not (cut and len(answer) < len(response_ids(tokenizer, response)))
+        said.append(tuple(answer if whole else answer[:-1]))  # nobody ends where the limit is
     return Completions(tuple(context), tuple(said), any(cut for _, _, cut in turns))
 
 

@@ -61,6 +61,13 @@ class TrainPPO(OnPolicy):
     ppo: ppo.Config = field(default_factory=ppo.Config)
     """Advantages, KL and clipping."""
 
+    def __post_init__(self) -> None:
+        if self.ppo.advantage == "gdpo" and self.loop.scalarisation != "linear":
+            raise UserError(
+                f"gdpo standardises each reward and adds them up by their weights: take loop.scalarisation linear, not "
+                f"{self.loop.scalarisation}, or another ppo.advantage"
+            )
+
 
 def train_ppo(config: TrainPPO) -> Path:
     """Train and return the adapter's or the model's folder."""

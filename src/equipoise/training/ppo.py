@@ -314,7 +314,7 @@ class PPO:
             moved_BGT = since_BGT.detach()
             logged = {
                 "clip_fraction": ((moved_BGT.exp() - 1).abs() > config.clip).sum() / tokens,
-                "kl_k3_to_drawn": kl_k3(moved_BGT).mean(),
+                "kl_k3_to_drawn": kl_k3(-moved_BGT).sum() / batch["scored"].sum().clamp_min(1),
             }
             if config.kl_in_loss:
                 logratio_BG = ((logprob_BGT - batch["reference"]) * used_BGT).sum(-1)

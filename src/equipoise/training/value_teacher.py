@@ -28,7 +28,7 @@ _BLOCK = 2048
 
 @dataclass(frozen=True)
 class Targets:
-    """Per rollout: standardised rewards, the same less their prompt's mean, the fold, and whether it ended by itself."""
+    """Per rollout: standardised rewards, the same less the mean of the prompt's others, the fold, and whether it ended by itself."""
 
     z_RK: np.ndarray
     centred_RK: np.ndarray
@@ -37,17 +37,23 @@ class Targets:
 
 
 def make_targets(rollouts: Sequence[Rollout], z_RK: np.ndarray, folds: int, seed: int) -> Targets:
-    """Centre rewards within prompts and deal prompts into folds. Unscored rollouts stay NaN and are left out later."""
+    """Centre rewards within prompts and deal prompts into folds. Unscored rollouts are NaN and left out later, as a prompt's only one is.
+
+        centred_i = z_i - mean_{j != i} z_j = (z_i - mean z) G / (G - 1)
+
+    whose mean given what was said so far is E[z_i | s] less the prompt's; a mean that holds z_i itself would shrink it by 1 - 1/G.
+    """
     names, prompt_R = np.unique([r.prompt_id for r in rollouts], return_inverse=True)
     if len(names) < folds:
         raise UserError(f"value heads need rollouts of at least {folds} prompts, got {len(names)}")
     scored = np.isfinite(z_RK)
     counts = np.stack([np.bincount(prompt_R, s, len(names)) for s in scored.T], axis=1)
     sums = np.stack([np.bincount(prompt_R, np.where(s, z, 0.0), len(names)) for z, s in zip(z_RK.T, scored.T, strict=True)], axis=1)
+    others = np.where(counts > 1, counts / np.maximum(counts - 1, 1), np.nan)
     fold_P = np.random.default_rng(seed).permutation(len(names)) % folds
     return Targets(
         z_RK=z_RK,
-        centred_RK=z_RK - (sums / np.maximum(counts, 1))[prompt_R],
+        centred_RK=(z_RK - (sums / np.maximum(counts, 1))[prompt_R]) * others[prompt_R],
         fold_R=fold_P[prompt_R],
         stopped_R=np.array([r.finish_reason == "stop" for r in rollouts]),
     )
