@@ -46,7 +46,7 @@ class Method(Steer):
 
 
 _PLAIN = Method()
-_LADDER = re.compile(r"best-of-(n|\d+)$")
+_LADDER = re.compile(r"(^|, )best-of-(n|\d+)$")
 
 
 def said(config: Any, plain: Any = _PLAIN) -> dict[str, Any]:
