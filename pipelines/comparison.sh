@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every method on SmolLM2 between helpful, harmless and positive: the same prompts, rewards, KL and compute, two objectives and three.
+# Twenty ways on SmolLM2 between helpful, harmless and positive: the same prompts, rewards, KL and compute, two objectives and three.
 # Everything is learnt from the model's own answers to 640 prompts of HH-RLHF, scored by the package's rewards; nothing but the comparison
 # meets the test prompts. Three objectives are compared at the corners, between each two and in the middle; each two of them are compared on
 # the points that give the third no weight.

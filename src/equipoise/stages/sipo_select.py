@@ -1,7 +1,7 @@
 """The stages `sipo score` and `sipo select`: what every scorer thinks of every response, and the pairs that come of it.
 
     sipo score    samples, rewrites -> logprobs/ (each policy and soup, the reference first), rewards/ (scorers by name)
-    sipo select   those scores      -> pairs.jsonl (labelled, for `train dpo --start`), accepted.jsonl, summary.json
+    sipo select   those scores      -> pairs.jsonl (labelled, for `train dpo --model`), accepted.jsonl, summary.json
 
 Scoring is what takes time; `sipo select` is done in a moment, so that other rules and margins cost nothing. A line of
 accepted.jsonl leads from the new pairs back to the candidate, its weights and sample, the prompt and the pair. Each of several

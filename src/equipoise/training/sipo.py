@@ -12,7 +12,7 @@ rewritten after a review. With scorers s and their rewards z_s, in standard devi
     choose    at most one accepted y per pair: the one of the largest mean, or of the largest smallest, gain_s
     relabel   (y over y_A) and (y over y_B), the same for every objective
 
-and every objective's policy is trained on with DPO + alpha NLL on these (`train dpo --start`). Equal rewards keep the sample and
+and every objective's policy is trained on with DPO + alpha NLL on these (`train dpo --model`). Equal rewards keep the sample and
 are no gain. What a scorer couldn't score replaces nothing and isn't accepted.
 
 Paper: Li et al. 2025 (arXiv 2502.14354). The released code has `not_dominated`, delta = 0 and the mean over all scorers.
