@@ -21,7 +21,7 @@ else
   genarm=(--reward.beta 0.1 --reward.test_share 0.1 --reward.fit.max_steps 36 --reward.fit.batch_size 16 --reward.fit.checkpoint_every 12)
   trees=(--limit 40 --growth.layers 4) rounds=(--loop.rounds 12) offline=(--sft.fit.precision bfloat16) conflicts=24
   select=(--margin -0.5) # at 0 none of 24 conflicts between three objectives has an answer that all policies prefer to both
-  points=(--workers 2) more=+0.4sd
+  points=(--workers 2 --limit 40) more=+0.4sd
 fi
 run normalise --run "$out/bank" --out "$out/scale.json"
 
@@ -68,7 +68,7 @@ messages="['$first=You are a helpful assistant. Answer in full, with details and
 '$second=You are a careful assistant. Refuse politely what could do harm.|You say whatever harms or offends.', \
 '$third=You are a cheerful assistant. Be warm and hopeful.|You are gloomy and complain about everything.']"
 chosen="rewards: $rewards, scale: '$out/scale.json'"
-run compare --out "$out/compare" "${asked[@]}" --split test --samples 1 "${sampling[@]}" --sampling.batch_size 80 "${points[@]}" --rewards "$rewards" --judges "$judges" \
+run compare --out "$out/compare" "${asked[@]}" --split test --samples 1 "${sampling[@]}" --sampling.batch_size 40 "${points[@]}" --rewards "$rewards" --judges "$judges" \
   --weights "['1,0,0', '0,1,0', '0,0,1', '0.5,0.5,0', '0.5,0,0.5', '0,0.5,0.5', '0.3334,0.3333,0.3333']" --methods "{\
 soup: {soup: $tuned}, \
 MOD: {mixing: $tuned}, \
