@@ -43,7 +43,7 @@ class Compare:
 
     out: Path
     """Run folder to write: rollouts and rewards of every point, evaluation.json (settings and statistics), responses.parquet (a row
-    per response), report.html, table.md (a row per method), front.svg."""
+    per response), report.html, table.md (a row per method: price and gains, two objectives at a time, beside best-of-n), front.svg."""
     methods: dict[str, Method]
     """By name; the reference and its best-of-n come with every comparison."""
     model: str = "smollm2"
@@ -257,7 +257,7 @@ def _evaluate(config: Compare, job: _Job) -> Path:
     from equipoise.evaluation.report import render_report
     from equipoise.evaluation.responses import responses_of
     from equipoise.evaluation.sweep import read_point
-    from equipoise.evaluation.table import markdown_table
+    from equipoise.evaluation.table import markdown_tables
 
     manifest = manifest_of(config.out, "compare")
     weights = {name: [point.weights for point in points] for name, points in job.plan.items()}
@@ -287,7 +287,7 @@ def _evaluate(config: Compare, job: _Job) -> Path:
         *(read_point(config.out, name, w) for name, found in weights.items() for w in found),
     ]
     write_table(config.out / "responses.parquet", response_table(points))
-    write_text(config.out / "table.md", markdown_table(result))
+    write_text(config.out / "table.md", markdown_tables(result))
     page = config.out / "report.html"
     write_text(page, render_report(result, responses_of(points, {p.id: p for p in job.prompts})))
     if len(job.objectives) >= 2:
