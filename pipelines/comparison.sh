@@ -13,17 +13,60 @@ third=positive
 source "$here/own_answers.bash"
 half="$first=0.5,$second=0.5" middle="$first=0.3334,$second=0.3333,$third=0.3333"
 if [ -n "$tiny" ]; then
+  value=(--value.calibration_states 16 --value.state_features 2 --value.token_features 4)
+  scorer=(--reward.fit.max_steps 2 --reward.test_share 0.3 --reward.layers 1 --reward.lora.rank 2 --reward.lora.blocks 1)
+  trees=(--limit 6 --growth.layers 3 --shard 3)
+  model_of_values=(--value.validation_share 0.34 --value.calibration_states 16 --value.fit.max_steps 2 --value.lora.rank 2)
+  rounds=(--loop.rounds 2 --loop.prompts 4 --loop.samples 2 --loop.steps 2 --loop.sampling.max_new_tokens 8)
+  ppo=(--loop.lora.rank 2) dpo_online=(--loop.weighted.rank 2 --loop.weighted.shared_rank 2)
+  offline=(--sft.test_share 0.1 --sft.lora.rank 2 --sft.fit.max_steps 2) again=(--ric.replay_rows 8) goals=(--limit 8)
   guides=(--reward.fit.max_steps 3) genarm=("${guides[@]}" --reward.lora.rank 2) held_out='[readable]' more=+0.01sd
-  points=(--limit 4 --reference_samples 4 --best_of '[2,4]' --n_boot 50 --examples 1)
+  points=(--limit 4 --reference_samples 4 --best_of '[2,4]' --n_boot 50 --examples 1) segment='shortest: 2, longest: 4, tries: 3'
 else
   judges='[judge_helpful,judge_harmless,relevant]' held_out='[helpful,harmless,positive,judge_helpful,judge_harmless]'
+  value=() scorer=(--reward.max_length 192 --reward.test_share 0.1 --reward.fit.epochs 1) trees=(--limit 40 --growth.layers 4)
+  model_of_values=(--value.fit.epochs 1 --value.fit.learning_rate 2e-4 --value.lora.rank 16 --value.lora.alpha 32)
+  rounds=(--loop.rounds 12) ppo=() dpo_online=()
+  offline=(--sft.fit.precision bfloat16) goals=(--limit 240 --seed 5)
+  again=(--ric.replay_rows 240 --sft.fit.max_steps 40 --sft.fit.learning_rate 2e-4)
   dpo+=(--dpo.fit.precision bfloat16) dpo_first+=(--dpo.fit.precision bfloat16) guides=(--reward.fit.precision bfloat16)
   genarm=(--reward.beta 0.1 --reward.test_share 0.1 --reward.fit.max_steps 36 --reward.fit.batch_size 16 --reward.fit.checkpoint_every 12)
-  trees=(--limit 40 --growth.layers 4) rounds=(--loop.rounds 12) offline=(--sft.fit.precision bfloat16) conflicts=24
-  select=(--margin -0.5) # at 0 none of 24 conflicts between three objectives has an answer that all policies prefer to both
-  points=(--workers 2 --limit 40) more=+0.4sd
+  conflicts=24 select=(--margin -0.5) # at 0 none of 24 conflicts of three objectives has an answer that all policies prefer to both
+  points=(--workers 2 --limit 40) more=+0.4sd segment='shortest: 8, longest: 16, tries: 8'
 fi
 run normalise --run "$out/bank" --out "$out/scale.json"
+
+# A reward of the objective $1 that reads the whole of a response that has begun (ARGS): OUT/scorer-OBJECTIVE/model.
+scorer() {
+  run train bradley_terry --config "$here/../recipes/helpful-reward.yaml" --model "$model" --pairs "$pairs" \
+    --reward.objective "$1" "${scorer[@]}" --out "$out/scorer-$1"
+}
+
+# Trees of the reference and a model of their nodes' values: OUT/value-model.
+value_model() {
+  run grow --config "$here/../recipes/grow.yaml" "${asked[@]}" "${sampling[@]}" "${trees[@]}" --out "$out/trees"
+  run label nodes --config "$here/../recipes/label-nodes.yaml" --model "$model" --trees "$out/trees" --rewards "$rewards" --out "$out/nodes"
+  run train value_model --config "$here/../recipes/value-model.yaml" --labels "$out/nodes" "${model_of_values[@]}" --out "$out/value-model"
+}
+
+# Policies that learn online, by OUT/scale.json: `morlhf NAME WEIGHTS` OUT/morlhf-NAME/adapter, `online_dpo` OUT/online-dpo/adapter.
+on_policy() { # a recipe goes before the options that differ from it
+  local method=$1 recipe=$2
+  shift 2
+  run train "$method" --config "$here/../recipes/$recipe.yaml" "${asked[@]}" --rewards "$rewards" --statistics "$out/scale.json" "${rounds[@]}" "$@"
+}
+morlhf() { on_policy ppo morlhf "${ppo[@]}" --loop.weights "$2" --out "$out/morlhf-$1"; }
+online_dpo() { on_policy online_dpo online-dpo "${dpo_online[@]}" --out "$out/online-dpo"; }
+
+# Rewards-in-context on the bank and a round of its own, by OUT/scale.json: OUT/ric-online.
+in_context() {
+  local ric=(--config "$here/../recipes/ric.yaml" --normalisation "$out/scale.json")
+  run train ric "${ric[@]}" --runs "[$out/bank]" --model "$model" "${offline[@]}" --out "$out/ric"
+  run sample --in_context "$out/ric" --goals simplex "${asked[@]}" --split train --samples 1 "${goals[@]}" "${sampling[@]}" --out "$out/round"
+  run score --run "$out/round" --model "$model" --rewards "$rewards"
+  run train ric "${ric[@]}" --runs "[$out/round]" --replay "[$out/bank]" --ric.selection.by any_quantile --model "$out/ric/adapter" \
+    "${offline[@]}" "${again[@]}" --out "$out/ric-online"
+}
 
 from_pairs() {
   policies

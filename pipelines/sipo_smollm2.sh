@@ -3,8 +3,7 @@
 # policies resolve themselves.
 # usage:    [HH=FOLDER] pipelines/sipo_smollm2.sh [--tiny] [--list] [OUT]        a killed run continues when it is run again
 # needs:    helpful-base and harmless-base of HH-RLHF (MIT) as FOLDER/NAME.test.jsonl.gz, by default ../shared/data/hh_rlhf
-#           prompts, bank, pairs and the first two policies are those of pipelines/preferences.sh, taken over where OUT is the same
-# takes:    beyond preferences.sh's stages about 40 minutes on a busy core: reviews and rewrites 22, scores 12, re-alignment 2
+# takes:    about 80 minutes of a core: answers 10, two policies 25, then reviews and rewrites 22, scores 12, re-alignment 2
 # expect:   OUT/sipo/selected/summary.json: accept rates, gains and lengths by stage, the embedded judges held out: 6 of 144 candidates
 #           accepted, for 3 of 48 conflicts, and no rewrite;
 #           OUT/sipo/compare/report.html: MOD of the first policies beside MOD of the re-aligned ones, on prompts of no training pair.

@@ -26,7 +26,6 @@ METHODS = {
     "morlhf_hh": {"MORLHF"},
     "map_training_hh": {"MAP"},
     "online_dpo_hh": {"prompt", "parameters"},
-    "preferences": {"soup", "MOD", "MODPO", "PARM"},
     "parm_saferlhf": {"PARM", "GenARM", "MOD", "soup"},
     "sipo_beavertails": {"MOD", "SIPO", "soup", "SIPO-soup"},
     "sipo_smollm2": {"MOD", "SIPO"},
@@ -40,18 +39,20 @@ METHODS = {
         "MORLHF",
         "online DPO",
         "RiC",
+        "single-pass",
+        "contrast of prompts",
+        "rejection",
+        "single-pass best-of-4",
         "palette",
         "prefix",
         "value model",
         "ARGS",
         "blocks",
     },
-    "decoding": {"single-pass", "prefix", "value model", "contrast of prompts", "ARGS", "rejection", "single-pass best-of-4"},
-    "online": {"MORLHF", "online DPO", "RiC"},
     "ric_hh": {"RiC", "RiC-released", "offline"},
     "ric_summary": {"RiC", "RiC-released", "offline"},
 }
-TABLE = {"sipo_smollm2": "sipo/compare", "decoding": "decoding", "online": "online"}
+TABLE = {"sipo_smollm2": "sipo/compare"}
 """Where the table is, of those that can share a folder with another pipeline."""
 SHELL = "modpo_saferlhf"
 """The one that is run as its user does; the others run in the tests' process, which has imported what takes seconds."""
