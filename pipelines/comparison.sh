@@ -5,8 +5,8 @@
 # the points that give the third no weight.
 # usage:    [HH=FOLDER] pipelines/comparison.sh [--tiny] [--list] [OUT]        a killed run continues when it is run again
 # needs:    helpful-base and harmless-base of HH-RLHF (MIT) as FOLDER/NAME.test.jsonl.gz, by default ../shared/data/hh_rlhf
-# takes:    about 5 hours on 2 CPU cores by what its parts took, 8 GiB
-# expect:   OUT/compare/table.md and report.html, 105 points; not run to its end yet
+# takes:    about 5 hours on 2 CPU cores, 9 GiB; the 105 points 65 minutes of it
+# expect:   OUT/compare/table.md: README's table in "Comparing methods"; report.html
 source "$(dirname "$0")/common.sh"
 third=positive
 [ -z "$tiny" ] || third=relevant
