@@ -301,6 +301,4 @@ class PolicySampler:
 
     def __call__(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request, in order."""
-        narrowed = getattr(self.guide, "narrowed", None)  # what nobody here asks for needn't run
-        guide = narrowed(requests) if narrowed else self.guide
-        return generate(self.lm, requests, self.config, guide, progress=self.progress)
+        return generate(self.lm, requests, self.config, self.guide, progress=self.progress)
